@@ -1,0 +1,339 @@
+"""What is the model? Twins-PCPVT and Twins-SVT (arXiv 2104.13840), put together from the paper's parts.
+
+Legend: B images, H x W tokens of a stage, C channels, heads x head_dim = C, M sub-sampled tokens (H W / sr_ratio^2).
+Tokens stay a map (B, H, W, C) from one block to the next. State-dict keys and shapes are upstream's, which timm's
+`twins_*` models share, so published weights load strictly.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import Mlp, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["Twins"]
+
+
+def attention(q, k, v, dropout, fused, mask=None):
+    """softmax(q k' / sqrt(head_dim)) v on (B', heads, tokens, head_dim); `mask` is True where a key may be seen.
+
+    4-D on purpose: accelerators have one fused kernel for this shape and none for windows as a fifth dimension.
+    On a CPU the fused kernel wins in fp32 but takes 2 to 6 times as long as the formula in bf16, at all sizes of Twins.
+    """
+    if fused and not (q.is_cpu and q.dtype == torch.bfloat16):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B', heads, tokens, keys)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return F.dropout(scores.softmax(dim=-1), dropout) @ v
+
+
+class LocallyGroupedAttention(nn.Module):
+    """LSA: self-attention inside windows of window_size x window_size tokens (section 3.2 of the paper).
+
+    A map that is no multiple of the window is padded with zeros below and on the right. As in the published models the
+    padding is seen as keys, whose values are the bias; `mask_padding` hides it from the real tokens instead.
+    """
+
+    def __init__(self, dim, num_heads, window_size=7, attn_drop=0.0, proj_drop=0.0, fused_attn=True,
+                 mask_padding=False):
+        super().__init__()
+        self.num_heads, self.window_size = num_heads, window_size
+        self.fused_attn, self.mask_padding = fused_attn, mask_padding
+        self.qkv = nn.Linear(dim, dim * 3)
+        self.attn_drop = attn_drop
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x):
+        """(B, H, W, C) -> (B, H, W, C)"""
+        B, H, W, C = x.shape
+        size = self.window_size
+        pad_h, pad_w = -H % size, -W % size
+        if pad_h or pad_w:
+            x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
+        rows, cols = (H + pad_h) // size, (W + pad_w) // size
+        x = rearrange(x, "b (rows i) (cols j) c -> (b rows cols) (i j) c", i=size, j=size)
+        q, k, v = rearrange(self.qkv(x), "w n (qkv heads d) -> qkv w heads n d", qkv=3, heads=self.num_heads).unbind(0)
+        mask = self.real_keys(B, H, W, rows, cols, x.device) if self.mask_padding and (pad_h or pad_w) else None
+        x = attention(q, k, v, self.attn_drop if self.training else 0.0, self.fused_attn, mask)
+        x = rearrange(x, "(b rows cols) heads (i j) d -> b (rows i) (cols j) (heads d)", rows=rows, cols=cols, i=size)
+        return self.proj_drop(self.proj(x[:, :H, :W]))
+
+    def real_keys(self, B, H, W, rows, cols, device):
+        """(B rows cols, 1, 1, window_size^2), True where a window's token is no padding."""
+        size = self.window_size
+        real = torch.zeros(rows * size, cols * size, dtype=torch.bool, device=device)
+        real[:H, :W] = True
+        return rearrange(real, "(rows i) (cols j) -> (rows cols) 1 1 (i j)", i=size, j=size).repeat(B, 1, 1, 1)
+
+
+class GlobalSubsampledAttention(nn.Module):
+    """GSA: every token attends to one summary of each sr_ratio x sr_ratio patch (section 3.2 of the paper)."""
+
+    def __init__(self, dim, num_heads, sr_ratio=1, attn_drop=0.0, proj_drop=0.0, fused_attn=True):
+        super().__init__()
+        self.num_heads, self.sr_ratio, self.fused_attn = num_heads, sr_ratio, fused_attn
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, dim * 2)
+        self.attn_drop = attn_drop
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        if sr_ratio > 1:
+            self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio)
+            self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x):
+        """(B, H, W, C) -> (B, H, W, C)"""
+        H, W = x.shape[1:3]
+        q = rearrange(self.q(x), "b h w (heads d) -> b heads (h w) d", heads=self.num_heads)
+        if self.sr_ratio > 1:
+            x = self.norm(patch_conv(x, self.sr))
+        kv = rearrange(self.kv(x), "b h w (kv heads d) -> kv b heads (h w) d", kv=2, heads=self.num_heads)
+        k, v = kv.unbind(0)  # (B, heads, M, head_dim)
+        x = attention(q, k, v, self.attn_drop if self.training else 0.0, self.fused_attn)
+        return self.proj_drop(self.proj(rearrange(x, "b heads (h w) d -> b h w (heads d)", h=H, w=W)))
+
+
+def patch_conv(x, conv):
+    """A convolution whose stride is its kernel, as one matrix product: (B, H, W, C) -> (B, H // r, W // r, C').
+
+    The same numbers as conv(x) on channels-first maps, without going there and back.
+    """
+    r = conv.stride[0]
+    H, W = x.shape[1] // r * r, x.shape[2] // r * r
+    x = rearrange(x[:, :H, :W], "b (h i) (w j) c -> b h w (i j c)", i=r, j=r)
+    return F.linear(x, rearrange(conv.weight, "out c i j -> out (i j c)"), conv.bias)
+
+
+class PositionalEncodingGenerator(nn.Module):
+    """PEG: a depth-wise 3 x 3 convolution that adds the position (CPVT, arXiv 2102.10882)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.proj = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim))
+
+    def forward(self, x):
+        """(B, H, W, C) -> (B, H, W, C)"""
+        return x + rearrange(self.proj(rearrange(x, "b h w c -> b c h w")), "b c h w -> b h w c")
+
+
+class PatchEmbed(nn.Module):
+    """patch_size x patch_size pixels (or tokens of the stage before) become one token."""
+
+    def __init__(self, in_chans, dim, patch_size):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x):
+        """(B, H, W, C) -> (B, H // patch_size, W // patch_size, C')"""
+        return self.norm(patch_conv(x, self.proj))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normed before and added after."""
+
+    def __init__(self, dim, attn, mlp_ratio, drop):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio), drop=drop)
+
+    def forward(self, x, keep1=None, keep2=None):
+        """(B, H, W, C) -> (B, H, W, C); keep: the drop-path factors (B, 1, 1, 1) of the two branches, or None."""
+        x = add_branch(x, self.attn(self.norm1(x)), keep1)
+        return add_branch(x, self.mlp(self.norm2(x)), keep2)
+
+
+def add_branch(x, branch, keep):
+    return x + branch if keep is None else torch.addcmul(x, branch, keep)
+
+
+class Twins(nn.Module):
+    """Four stages: patch embedding, blocks, and a PEG after the first block; then global average pooling and a head.
+
+    window_sizes: one a stage, LSA on even blocks and GSA on odd ones (SVT); None, GSA everywhere (PCPVT).
+    drop_rate: dropout after patch embedding, projections and MLP, as upstream. drop_path_rate: of the last block;
+    it rises linearly from 0 at the first. fused_attn: F.scaled_dot_product_attention, or the explicit formula.
+    mask_padding: see LocallyGroupedAttention. Images may have any size of at least 32 x 32 pixels.
+    """
+
+    def __init__(self, embed_dims, num_heads, mlp_ratios, depths, sr_ratios=(8, 4, 2, 1), window_sizes=None,
+                 patch_size=4, in_chans=3, num_classes=1000, global_pool="avg", drop_rate=0.0, attn_drop_rate=0.0,
+                 drop_path_rate=0.0, fused_attn=True, mask_padding=False):
+        super().__init__()
+        if global_pool not in ("", "avg"):
+            raise ValueError(f"global_pool is 'avg' or '', not {global_pool!r}")
+        self.num_classes, self.global_pool = num_classes, global_pool
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.grad_checkpointing = False
+
+        in_dims, patch_sizes = (in_chans, *embed_dims[:-1]), (patch_size, 2, 2, 2)
+        self.patch_embeds = nn.ModuleList(map(PatchEmbed, in_dims, embed_dims, patch_sizes))
+        self.pos_drops = nn.ModuleList(nn.Dropout(drop_rate) for _ in depths)
+
+        def attention_of(stage, i):
+            dim, heads = embed_dims[stage], num_heads[stage]
+            if window_sizes is None or i % 2 == 1:
+                return GlobalSubsampledAttention(dim, heads, sr_ratios[stage], attn_drop_rate, drop_rate, fused_attn)
+            return LocallyGroupedAttention(dim, heads, window_sizes[stage], attn_drop_rate, drop_rate, fused_attn,
+                                           mask_padding)
+
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(Block(embed_dims[s], attention_of(s, i), mlp_ratios[s], drop_rate) for i in range(depth))
+            for s, depth in enumerate(depths))
+        self.pos_block = nn.ModuleList(map(PositionalEncodingGenerator, embed_dims))
+        self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.drop_path_rate = drop_path_rate
+        keep = 1 - torch.linspace(0, drop_path_rate, sum(depths)).repeat_interleave(2)  # two branches a block
+        self.register_buffer("keep_prob", keep.view(-1, 1), persistent=False)
+        self.apply(init_weights)
+
+    def no_weight_decay(self):
+        return {f"pos_block.{name}" for name, _ in self.pos_block.named_parameters()}
+
+    def group_matcher(self, coarse=False):
+        """Which layer a parameter belongs to, for timm's layer decay."""
+        blocks = [(r"^(?:blocks|patch_embeds|pos_block)\.(\d+)", None)] if coarse else [
+            (r"^blocks\.(\d+)\.(\d+)", None), (r"^(?:patch_embeds|pos_block)\.(\d+)", (0,))]
+        return {"stem": r"^patch_embeds\.0", "blocks": [*blocks, (r"^norm", (99999,))]}
+
+    def set_grad_checkpointing(self, enable=True):
+        self.grad_checkpointing = enable
+
+    def get_classifier(self):
+        return self.head
+
+    def reset_classifier(self, num_classes, global_pool=None):
+        self.num_classes = num_classes
+        self.global_pool = self.global_pool if global_pool is None else global_pool
+        head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = head.apply(init_weights).to(self.norm.weight)
+
+    def drop_path_factors(self, batch):
+        """2 * blocks factors (B, 1, 1, 1) that are 0 or 1 / keep_prob: one draw for the whole model, not one a branch."""
+        if not (self.training and self.drop_path_rate):
+            return [None] * self.keep_prob.shape[0]
+        drawn = torch.rand(self.keep_prob.shape[0], batch, device=self.keep_prob.device) < self.keep_prob
+        factors = (drawn / self.keep_prob).view(-1, batch, 1, 1, 1).unbind(0)
+        return [None, None, *factors[2:]]  # the first block is always kept
+
+    def forward_features(self, x):
+        """(B, in_chans, height, width) -> (B, H W of the last stage, C)"""
+        if min(x.shape[-2:]) < 32:
+            raise ValueError(f"images are {x.shape[-2]} x {x.shape[-1]} pixels, Twins needs at least 32 x 32: "
+                             "use a larger --input-size")
+        factors = iter(self.drop_path_factors(x.shape[0]))
+        x = rearrange(x, "b c h w -> b h w c")
+        for embed, drop, blocks, peg in zip(self.patch_embeds, self.pos_drops, self.blocks, self.pos_block):
+            x = drop(embed(x))
+            for i, block in enumerate(blocks):
+                keep1, keep2 = next(factors), next(factors)
+                if self.grad_checkpointing and self.training:
+                    x = checkpoint(block, x, keep1, keep2, use_reentrant=False)
+                else:
+                    x = block(x, keep1, keep2)
+                if i == 0:
+                    x = peg(x)
+        return self.norm(x).flatten(1, 2)
+
+    def forward_head(self, x, pre_logits=False):
+        """(B, tokens, C) -> (B, num_classes)"""
+        x = x.mean(dim=1) if self.global_pool == "avg" else x
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x):
+        """(B, in_chans, height, width) -> (B, num_classes)"""
+        return self.forward_head(self.forward_features(x))
+
+
+def init_weights(module):
+    """Upstream's distributions: linear trunc_normal(.02), convolution normal(sqrt(2 / fan_out)), biases 0, norms 1."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, 0, math.sqrt(2.0 / fan_out))
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+    if getattr(module, "bias", None) is not None:
+        nn.init.zeros_(module.bias)
+
+
+# timm's published weights, by the name of our model
+PUBLISHED = {
+    "pcpvt_small_v0": "twins_pcpvt_small", "pcpvt_base_v0": "twins_pcpvt_base", "pcpvt_large_v0": "twins_pcpvt_large",
+    "alt_gvt_small": "twins_svt_small", "alt_gvt_base": "twins_svt_base", "alt_gvt_large": "twins_svt_large",
+}
+default_cfgs = generate_default_cfgs({
+    f"{name}.in1k": dict(
+        hf_hub_id=f"timm/{theirs}.in1k", num_classes=1000, input_size=(3, 224, 224), pool_size=None, crop_pct=0.875,
+        interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
+        first_conv="patch_embeds.0.proj", classifier="head", license="apache-2.0")
+    for name, theirs in PUBLISHED.items()})
+
+
+def build(variant, pretrained, kwargs, **config):
+    for unused in ("img_size", "drop_block_rate"):  # upstream and timm pass them; the model fits any size
+        kwargs.pop(unused, None)
+    try:
+        return build_model_with_cfg(Twins, variant, pretrained, **{**config, **kwargs})
+    except Exception as error:
+        if not pretrained or isinstance(error, (TypeError, ValueError)):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RuntimeError(f"cannot fetch the published weights of {variant} ({reason}): check the network, or "
+                           "download them by hand and pass the file as --finetune or --resume") from error
+
+
+def pcpvt(variant, pretrained, kwargs, depths):
+    return build(variant, pretrained, kwargs, embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8),
+                 mlp_ratios=(8, 8, 4, 4), depths=depths)
+
+
+def alt_gvt(variant, pretrained, kwargs, embed_dims, num_heads, depths):
+    return build(variant, pretrained, kwargs, embed_dims=embed_dims, num_heads=num_heads, mlp_ratios=(4, 4, 4, 4),
+                 depths=depths, window_sizes=(7, 7, 7, 7))
+
+
+@register_model
+def pcpvt_small_v0(pretrained=False, **kwargs):
+    """Twins-PCPVT-S: 24.1 M parameters, published 81.2 %."""
+    return pcpvt("pcpvt_small_v0", pretrained, kwargs, (3, 4, 6, 3))
+
+
+@register_model
+def pcpvt_base_v0(pretrained=False, **kwargs):
+    """Twins-PCPVT-B: 43.8 M parameters, published 82.7 %."""
+    return pcpvt("pcpvt_base_v0", pretrained, kwargs, (3, 4, 18, 3))
+
+
+@register_model
+def pcpvt_large_v0(pretrained=False, **kwargs):
+    """Twins-PCPVT-L: 61.0 M parameters, published 83.1 %."""
+    return pcpvt("pcpvt_large_v0", pretrained, kwargs, (3, 8, 27, 3))
+
+
+@register_model
+def alt_gvt_small(pretrained=False, **kwargs):
+    """Twins-SVT-S: 24.1 M parameters, published 81.7 %."""
+    return alt_gvt("alt_gvt_small", pretrained, kwargs, (64, 128, 256, 512), (2, 4, 8, 16), (2, 2, 10, 4))
+
+
+@register_model
+def alt_gvt_base(pretrained=False, **kwargs):
+    """Twins-SVT-B: 56.1 M parameters, published 83.2 %."""
+    return alt_gvt("alt_gvt_base", pretrained, kwargs, (96, 192, 384, 768), (3, 6, 12, 24), (2, 2, 18, 2))
+
+
+@register_model
+def alt_gvt_large(pretrained=False, **kwargs):
+    """Twins-SVT-L: 99.3 M parameters, published 83.7 %."""
+    return alt_gvt("alt_gvt_large", pretrained, kwargs, (128, 256, 512, 1024), (4, 8, 16, 32), (2, 2, 18, 2))
