@@ -1,0 +1,145 @@
+"""What survives a crash? Checkpoints: save, find, read, load, adapt to another head.
+
+A checkpoint is a plain dict of CPU tensors, numbers and strings: {model, optimizer, schedule, scaler, model_ema, epoch,
+best_accuracy, options, classes}. It reads with weights_only on any device, and is never half-written.
+"""
+import argparse
+import os
+import pickle
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+LAST, BEST = "checkpoint.pth", "checkpoint_best.pth"
+
+
+def to_host(value):
+    """The same nested value with detached CPU tensors, each with a storage no larger than itself."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+    if isinstance(value, dict):
+        return {key: to_host(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_host(item) for item in value)
+    return value
+
+
+def save(path, **content):
+    """Write `content` to a temporary file beside `path`, then rename it: there is always one whole file."""
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            torch.save(to_host(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def read(path):
+    """The content of a .pth or .safetensors file on the CPU. Reads official, timm's and the original's files.
+
+    Raises ValueError in one line for a file that is not there, not whole, or not plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no checkpoint {path}: look at the path")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the original's hold their arguments so
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, SafetensorError,
+            zipfile.BadZipFile) as error:
+        raise ValueError(f"cannot read the checkpoint {path} ({first_line(error)}): it is damaged or no checkpoint") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"cannot read the checkpoint {path} safely ({first_line(error)}): it holds more than weights and "
+                         "numbers; save its state dict again") from error
+
+
+def first_line(error):
+    return (str(error).strip() or error.__class__.__name__).splitlines()[0]
+
+
+def model_state(content, path="the checkpoint", ema=False):
+    """The weights in what `read` returned, without the prefixes that DDP and torch.compile put before the names."""
+    names = ("model_ema", "state_dict_ema") if ema else ("model", "state_dict")
+    state = next((content[name] for name in names if isinstance(content.get(name), dict)), None) if isinstance(content, dict) else None
+    if state is None and isinstance(content, dict) and not ema:
+        state = content
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no weights: expected a state dict, or one under 'model' or 'state_dict'")
+    cleaned = {}
+    for name, value in state.items():
+        while name.startswith(("module.", "_orig_mod.")):
+            name = name.partition(".")[2]
+        cleaned[name] = value
+    return cleaned
+
+
+def load_weights(model, state, path="the checkpoint"):
+    """Strict. Raises ValueError with the missing and the unexpected keys, or the shapes that differ."""
+    own = model.state_dict()
+    missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
+    shapes = [f"{k} {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in own
+              if k in state and state[k].shape != own[k].shape]
+    if missing or unexpected or shapes:
+        parts = [f"{title} {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
+                 for title, keys in (("missing keys:", missing), ("unexpected keys:", unexpected), ("other shapes:", shapes)) if keys]
+        remedy = "it was trained on another number of classes" if not missing and not unexpected and all(
+            "head" in s.split(" ")[0] for s in shapes) else "it is of another model (--model)"
+        raise ValueError(f"{path} does not fit: {remedy}; {'; '.join(parts)}")
+    model.load_state_dict(state)
+
+
+def adapt_head(model, state, head="head"):
+    """`state` without a head of another number of classes; the model's own, freshly initialised, takes its place.
+
+    -> (state to load, number of classes in the file, or None where the head fits)
+    """
+    own = model.state_dict()
+    key = f"{head}.weight"
+    if key not in state or key not in own or state[key].shape == own[key].shape:
+        return state, None
+    fresh = {k: v for k, v in own.items() if k.startswith(f"{head}.")}
+    return {**{k: v for k, v in state.items() if not k.startswith(f"{head}.")}, **fresh}, state[key].shape[0]
+
+
+def find_newest(folder):
+    """The newest whole checkpoint in `folder`, and its content. Raises ValueError where there is none."""
+    files = [path for name in (LAST, BEST) if (path := Path(folder, name)).is_file()]
+    damaged = []
+    for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            return path, read(path)
+        except ValueError as error:
+            damaged.append(str(error))
+    raise ValueError(damaged[0] if damaged else f"--resume auto: no {LAST} in {folder}")
+
+
+def prepare_folder(folder, keep):
+    """Make the folder of a run and see that it can be written. keep: an earlier run goes on in it.
+
+    Otherwise an earlier run's files are renamed to NAME.1, NAME.2, ...: nothing is lost. -> the new names
+    """
+    folder, moved = Path(folder), []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}): choose another folder") from error
+    present = [path for name in (LAST, BEST, "log.txt") if (path := folder / name).exists()]
+    if present and not keep:
+        number = next(n for n in range(1, 10**6) if not any(Path(f"{path}.{n}").exists() for path in present))
+        for path in present:
+            moved.append(path.rename(f"{path}.{number}").name)
+    return moved

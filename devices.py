@@ -1,0 +1,365 @@
+"""What does this machine compute on? The only file that names devices and their libraries.
+
+Import it before torch: for a run on cpu or cuda it keeps torch from loading torch_npu, which breaks such runs where no
+NPU is visible. What is said of Ascend here comes from torch_npu's sources and CANN's documents.
+"""
+import contextlib
+import inspect
+import os
+import random
+import resource
+import sys
+from dataclasses import dataclass
+
+
+def asked_for(argv):
+    """The value of --device on a command line without its index: cpu, cuda, npu or auto."""
+    name = "auto"
+    for word, following in zip(argv, [*argv[1:], ""]):
+        if word == "--device":
+            name = following
+        elif word.startswith("--device="):
+            name = word.partition("=")[2]
+    name = name.partition(":")[0]
+    return "cuda" if name in ("gpu", "gp") else name
+
+
+def explain_import(error):
+    """What to do about a failed `import torch`, in one line."""
+    text = f"{error} {error.__cause__ or ''} {error.__context__ or ''}"
+    if "libhccl" in text or "libascendcl" in text or "libge_" in text or "libgraph" in text:
+        return ("torch_npu finds no CANN: source /usr/local/Ascend/ascend-toolkit/set_env.sh (CANN 8.5 and later: "
+                "/usr/local/Ascend/cann/set_env.sh), or train without an NPU: --device cpu")
+    if "torch_npu" in text:
+        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+        return (f"torch_npu does not load ({reason}): torch and torch_npu must have the same version and torch must be "
+                "a CPU-only build; or train without an NPU: --device cpu")
+    return f"torch does not load ({str(error).strip().splitlines()[0]}): pip install -r requirements.txt"
+
+
+if asked_for(sys.argv) in ("cpu", "cuda"):
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+try:
+    import torch
+except (ImportError, RuntimeError, OSError) as error:
+    raise ImportError(explain_import(error)) from error
+
+import numpy as np  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process computes, and which of how many processes it is."""
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+class DeviceError(RuntimeError):
+    """A known failure of a device or of the communication between ranks, with its remedy in one line."""
+
+
+class NeedsRestart(Exception):
+    """torch_npu is loaded, no NPU is visible and the run falls back to cpu or cuda: start again without torch_npu."""
+
+
+def available(kind):
+    """How many devices of this kind are visible: cuda or npu."""
+    module = getattr(torch, kind, None)
+    return module.device_count() if module is not None and module.is_available() else 0
+
+
+def choose(asked, local_rank=0, local_world=1):
+    """The torch.device of --device: npu, cuda (gpu), cpu, auto (npu, else cuda, else cpu), or one card as npu:3.
+
+    Raises ValueError for a device that is not there.
+    """
+    name, _, index = asked.partition(":")
+    name = {"gpu": "cuda", "gp": "cuda"}.get(name, name)
+    if name not in ("npu", "cuda", "cpu", "auto") or (index and not index.isdigit()):
+        raise ValueError(f"--device {asked}: say npu, cuda, gpu, cpu or auto, or one card as npu:3 or cuda:3")
+    if name == "auto":
+        name = "npu" if available("npu") else "cuda" if available("cuda") else "cpu"
+    if name != "npu" and "torch_npu" in sys.modules and not available("npu"):
+        raise NeedsRestart
+    if name == "cpu":
+        return torch.device("cpu")
+    count, wanted = available(name), int(index or local_rank)
+    visible = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}[name]
+    if not count:
+        how = "look at `npu-smi info`" if name == "npu" else "look at `nvidia-smi`"
+        missing = " (torch_npu is not installed)" if name == "npu" and "torch_npu" not in sys.modules else ""
+        raise ValueError(f"--device {asked}: no {name} device is visible{missing}: {how} and at {visible}, or use --device cpu")
+    if index and local_world > 1:
+        raise ValueError(f"--device {asked} names one card for {local_world} processes: say --device {name} "
+                         f"and choose the cards with {visible}")
+    if wanted >= count or local_world > count:
+        ask = f"card {wanted}" if index else f"{local_world} processes"
+        raise ValueError(f"{ask} on this machine, but only {count} {name} device{'s are' if count > 1 else ' is'} "
+                         f"visible: start fewer (--nproc), or look at {visible}")
+    return torch.device(name, wanted)
+
+
+def init_distributed_mode(asked="auto"):
+    """Choose this process's device, set it up and join the others that torchrun started. -> Ranks
+
+    Host tensors are reduced by gloo and device tensors by NCCL or HCCL, in one process group.
+    """
+    env = {name: int(os.environ.get(name, default)) for name, default in
+           dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1).items()}
+    device = choose(asked, env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    elif device.type == "npu":
+        torch.npu.set_device(device)  # before the process group
+        torch.npu.set_compile_mode(jit_compile=False)  # both before the first tensor; True by default on 910A
+        torch.npu.config.allow_internal_format = False
+    if env["WORLD_SIZE"] > 1:
+        own = {"cuda": "nccl", "npu": "hccl"}.get(device.type)
+        try:
+            dist.init_process_group(f"cpu:gloo,{device.type}:{own}" if own else "gloo",
+                                    device_id=device if own else None)
+        except Exception as error:
+            raise explain(error) from error
+    return Ranks(device, env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"])
+
+
+def explain(error):
+    """The error itself, or a DeviceError that says in one line what a known failure means."""
+    text = str(error)
+    port = os.environ.get("MASTER_PORT", "29500")
+    for sign, remedy in {
+        "EADDRINUSE": f"port {port} is in use: another run has it; set MASTER_PORT to a free one",
+        "address already in use": f"port {port} is in use: another run has it; set MASTER_PORT to a free one",
+        "EI0006": "HCCL: the ranks did not find each other in time (EI0006): look for a rank that died or is late in "
+                  "the log above; HCCL_CONNECT_TIMEOUT is the limit in seconds",
+        "EI0002": "HCCL: a rank waited too long for another (EI0002): look for a rank that died in the log above; "
+                  "HCCL_EXEC_TIMEOUT is the limit in seconds",
+        "out of memory": "the device is out of memory: use a smaller --batch-size (and --accum-steps), or "
+                         "--grad-checkpointing",
+        "No NPUs are available": "no NPU is visible: look at `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES, or use "
+                                 "--device cpu",
+    }.items():
+        if sign.lower() in text.lower():
+            return DeviceError(remedy)
+    return error
+
+
+def set_tensor_float(device, fp32, hf32):
+    """--fp32: no TF32 or HF32 anywhere; --hf32: in convolutions and products; neither: the device's own defaults."""
+    if not fp32 and not hf32:
+        return
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = hf32
+    elif device.type == "npu":
+        torch.npu.conv.allow_hf32 = torch.npu.matmul.allow_hf32 = hf32
+
+
+def seed_everything(seed):
+    """Seed Python, NumPy and torch, on the host and on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def synchronize(device):
+    """Wait until the device has done what it was told."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
+def max_memory(device):
+    """Largest memory so far in MB: the device's, or on a CPU this process's."""
+    if device.type != "cpu":
+        return torch.get_device_module(device).max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def describe(device):
+    """The device in words, for the log."""
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return f"{device} ({torch.get_device_module(device).get_device_name(device)})"
+
+
+def pins_memory(device):
+    return device.type != "cpu"
+
+
+def parallel(model, device, flat_gradients=False):
+    """DistributedDataParallel over the process group. flat_gradients: the optimizer keeps gradients in its own buffer."""
+    ids = None if device.type == "cpu" else [device.index]
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False,
+                                   gradient_as_bucket_view=not flat_gradients)
+
+
+# ---- precision ----
+
+def native_bf16(device):
+    """Whether the device computes bfloat16 itself. A 910A only warns and computes fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" or torch.npu.is_bf16_supported()
+
+
+def make_scaler(device):
+    """The loss scaler for fp16. Without an inf/nan mode (910A) overflow is a flag of the device: torch_npu's scaler."""
+    if device.type == "npu" and not torch.npu.utils.is_support_inf_nan():
+        return torch.npu.amp.GradScaler()
+    return torch.amp.GradScaler(device.type)
+
+
+def clip_grad_norm_(gradients, max_norm):
+    """Scale the gradients in place so that their common 2-norm is at most max_norm. -> the norm, a tensor
+
+    torch's clip_grad_norm_ in two launches a device and no wait for it: torch's own makes one for each tensor on an NPU.
+    """
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+class Precision:
+    """What is computed in which precision, and how a loss becomes an update: precision(loss, optimizer, ...).
+
+    amp: auto (bf16 where native, else fp16; on a CPU fp32), bf16, fp16, apex or off.
+    """
+
+    def __init__(self, device, amp="auto"):
+        if amp == "auto":
+            amp = "off" if device.type == "cpu" else "bf16" if native_bf16(device) else "fp16"
+        if amp == "bf16" and not native_bf16(device):
+            raise ValueError(f"--amp bf16: {describe(device)} does not compute bfloat16: use --amp fp16")
+        self.device, self.name = device, {"off": "fp32"}.get(amp, amp)
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+        self.scaler = make_scaler(device) if amp == "fp16" else None
+
+    def autocast(self):
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def initialize(self, model, optimizer):
+        """Before DDP: what apex does to both. -> model, optimizer"""
+        return model, optimizer
+
+    def backward(self, loss, optimizer):
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def parameters(self, optimizer):
+        return [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, loss, optimizer, clip_grad=None, need_update=True):
+        """Backward; and where need_update, clip and step. clip_grad: largest norm, None or 0 for no clipping."""
+        self.backward(loss, optimizer)
+        if not need_update:
+            return
+        if clip_grad:
+            if self.scaler is not None:
+                self.scaler.unscale_(optimizer)
+            gradients = [p.grad for p in self.parameters(optimizer) if p.grad is not None]
+            clip_grad_norm_(gradients, clip_grad)
+        if self.scaler is None:
+            optimizer.step()
+        else:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+
+    def state_dict(self):
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def load_state_dict(self, state):
+        """Takes the state of any of the scalers: torch's, torch_npu's (one key more) and apex's."""
+        if self.scaler is None or not state:
+            return
+        if "loss_scaler0" in state:
+            apex = state["loss_scaler0"]
+            state = {"scale": apex["loss_scale"], "_growth_tracker": apex["unskipped"]}
+        own = self.scaler.state_dict()
+        self.scaler.load_state_dict({key: state.get(key, value) for key, value in own.items()})
+
+
+def load_apex():
+    """Ascend's patch of NVIDIA apex, or ValueError with what is missing."""
+    remedy = "install Ascend's apex, or go on without it: --amp auto"
+    try:
+        from apex import amp
+    except ImportError as error:
+        try:
+            import apex  # noqa: F401
+        except ImportError:
+            raise ValueError(f"--amp apex: apex is not installed: {remedy}") from error
+        raise ValueError("--amp apex: the installed apex has no amp (NVIDIA removed it in 2025, and PyPI's package of "
+                         f"that name is something else): {remedy}") from error
+    if "combine_grad" not in inspect.signature(amp.initialize).parameters:
+        raise ValueError("--amp apex: the installed apex is NVIDIA's, whose amp.initialize has no combine_grad: "
+                         f"{remedy}")
+    return amp
+
+
+class ApexPrecision(Precision):
+    """apex's O1 as the original trained: initialize before DDP, scale_loss, clipping of the master parameters."""
+
+    def __init__(self, device):
+        self.amp, self.device, self.name, self.dtype, self.scaler = load_apex(), device, "apex", None, None
+
+    def initialize(self, model, optimizer):
+        return self.amp.initialize(model, optimizer, opt_level="O1", combine_grad=True)
+
+    def backward(self, loss, optimizer):
+        with self.amp.scale_loss(loss, optimizer) as scaled:
+            scaled.backward()
+
+    def parameters(self, optimizer):
+        return list(self.amp.master_params(optimizer))
+
+    def state_dict(self):
+        return self.amp.state_dict()
+
+    def load_state_dict(self, state):
+        if "scale" in state:  # of one of torch's scalers
+            state = {"loss_scaler0": {"loss_scale": state["scale"], "unskipped": state.get("_growth_tracker", 0)}}
+        if state:
+            self.amp.load_state_dict(state)
+
+
+def make_precision(device, amp="auto"):
+    return ApexPrecision(device) if amp == "apex" else Precision(device, amp)
+
+
+# ---- optimizers ----
+
+def optimizer_flavour(device, opt, precision="fp32"):
+    """(constructor or None for timm's of this name, keyword arguments) of the fastest correct optimizer here.
+
+    AdamW: torch's fused one on cuda and cpu; on an NPU its foreach one, which steps in 8 launches, where foreach works
+    (910B and later), else torch_npu's flat one. Never fused=True on an NPU: it ignores the loss scaler's overflow.
+    """
+    if opt == "npufusedadamw":
+        if device.type != "npu":
+            raise ValueError(f"--opt npufusedadamw runs on an NPU, not on {device.type}: use --opt adamw")
+        if precision == "apex":
+            from apex.optimizers import NpuFusedAdamW
+        else:
+            from torch_npu.optim import NpuFusedAdamW
+        return NpuFusedAdamW, {}
+    if opt != "adamw":
+        return None, {}
+    if device.type != "npu":
+        return None, {"fused": True}
+    if precision != "apex" and native_bf16(device):
+        return None, {"foreach": True}
+    return optimizer_flavour(device, "npufusedadamw", precision)
+
+
+def is_flat(optimizer):
+    """Whether this is torch_npu's flat optimizer: it keeps gradients in one buffer and steps as plain numbers."""
+    return getattr(optimizer, "is_fused_optimizer", False)

@@ -1,0 +1,121 @@
+"""What is one epoch? A training loop and an evaluation: plain objects in, a dict of floats out."""
+import contextlib
+import math
+
+import torch
+import torch.distributed as dist
+
+from utils import MetricLogger
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss became inf or nan; `names` are the images of this rank's first bad batch (none: it was another rank's)."""
+
+    def __init__(self, epoch, step, names):
+        super().__init__(f"the loss is not finite in epoch {epoch}, at or before iteration {step}")
+        self.names = names
+
+
+def add_over_ranks(values):
+    """Sums of host numbers over all ranks, in double precision."""
+    totals = torch.tensor(values, dtype=torch.float64)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(totals)
+    return totals.tolist()
+
+
+def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler, max_norm=0, model_ema=None,
+                    mixup_fn=None, *, accum_steps=1, max_steps=0, print_freq=10, ranks=1, quiet=False, memory=None):
+    """One pass over data_loader, or its first max_steps iterations. -> {lr, loss, fps, steps}
+
+    criterion(images, outputs, targets) -> scalar. loss_scaler: a devices.Precision. model_ema: has update(model).
+    accum_steps: iterations whose mean gradient makes one update. ranks: processes that train together.
+    memory: a function that says the memory in MB.
+
+    The host never waits for the device inside a step. It does at the end of a window of print_freq steps, to read the
+    losses; there all ranks learn together whether one was not finite, and raise NonFiniteLoss.
+    """
+    model.train()
+    total = min(len(data_loader), max_steps or len(data_loader))
+    log = MetricLogger(f"Epoch: [{epoch}]", total, (getattr(data_loader, "batch_size", None) or 1) * ranks, print_freq, quiet)
+    window = []  # of (loss on the device, names)
+    optimizer.zero_grad()
+    for step, (images, targets, *names) in log.follow(data_loader):
+        images = images.to(device, non_blocking=True)
+        targets = targets.to(device, non_blocking=True)
+        if mixup_fn is not None:
+            images, targets = mixup_fn(images, targets)
+
+        cycle = min(accum_steps, total - step // accum_steps * accum_steps)  # the last one may be shorter
+        update = (step + 1) % accum_steps == 0 or step == total - 1
+        with contextlib.nullcontext() if update or not hasattr(model, "no_sync") else model.no_sync():
+            with loss_scaler.autocast():
+                loss = criterion(images, model(images), targets)
+            loss_scaler(loss / cycle if cycle > 1 else loss, optimizer, max_norm, need_update=update)
+        if update:
+            optimizer.zero_grad()
+            if model_ema is not None:
+                model_ema.update(getattr(model, "module", model))
+
+        window.append((loss.detach(), names[0] if names else ()))
+        if log.window_ends(step):
+            losses = torch.stack([loss for loss, _ in window]).tolist()  # the host waits for the device here
+            finite = [math.isfinite(loss) for loss in losses]
+            total_loss, count, bad = add_over_ranks([sum(losses), len(losses), finite.count(False)])
+            if bad:
+                raise NonFiniteLoss(epoch, step, window[finite.index(False)][1] if False in finite else ())
+            log.line(step, optimizer.param_groups[0]["lr"], memory and memory(), loss=(total_loss, count))
+            window.clear()
+    log.summary()
+    return {"lr": optimizer.param_groups[0]["lr"], "loss": log.average("loss"), "fps": log.fps(),
+            "steps": log.last_step + 1}
+
+
+@torch.no_grad()
+def evaluate(data_loader, model, device, autocast=contextlib.nullcontext, *, shared=False, print_freq=50, ranks=1,
+             quiet=False, header="Test:"):
+    """Cross entropy and accuracy over every image once. -> {loss, acc1, acc5}, in percent, and the number of images
+
+    shared: each rank has its own part of the images, and the sums are added; else each rank has them all. A rank may
+    have no image. With fewer than 5 classes acc5 counts all of them. The model may be wrapped in DDP.
+    """
+    model = getattr(model, "module", model)  # without DDP: ranks may have different numbers of batches
+    model.eval()
+    log = MetricLogger(header, len(data_loader), (getattr(data_loader, "batch_size", None) or 1) * ranks, print_freq, quiet)
+    sums, images_seen = [], 0  # sums: of (loss, correct, correct in 5) of each batch, on the device
+    for step, (images, targets, *_) in log.follow(data_loader):
+        images = images.to(device, non_blocking=True)
+        targets = targets.to(device, non_blocking=True)
+        with autocast():
+            logits = model(images)
+        logits = logits.float()
+        best = (logits.topk(min(5, logits.shape[1])).indices == targets[:, None]).float()  # (B, 5)
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        sums.append(torch.stack((loss, best[:, 0].sum(), best.sum())))
+        images_seen += len(targets)
+        if log.window_ends(step):
+            sums[-1].tolist()  # the host waits for the device here, so that the time shown is true
+            log.line(step)
+    totals = torch.stack(sums).cpu().double().sum(0).tolist() if sums else [0.0, 0.0, 0.0]
+    totals = [*totals, images_seen]
+    loss, acc1, acc5, count = add_over_ranks(totals) if shared else totals
+    count = max(count, 1)
+    stats = {"loss": loss / count, "acc1": 100 * acc1 / count, "acc5": 100 * acc5 / count, "images": int(count)}
+    if not quiet:
+        print("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats), flush=True)
+    return stats
+
+
+@torch.no_grad()
+def throughput(data_loader, model, device, autocast, synchronize, clock, warmup=10, steps=30):
+    """Images a second of the forward pass over one batch that stays on the device."""
+    model.eval()
+    images = next(iter(data_loader))[0].to(device)
+    with autocast():
+        for step in range(warmup + steps):
+            if step == warmup:
+                synchronize()
+                start = clock()
+            model(images)
+    synchronize()
+    return steps * len(images) / (clock() - start)

@@ -1,0 +1,293 @@
+"""Train, fine-tune or evaluate Twins: what is one run?
+
+    python main.py --data-path /data/imagenet --output_dir output/run          # one card, or the CPU
+    torchrun --nproc_per_node=8 main.py --data-path /data/imagenet --dist-eval --output_dir output/run
+    python main.py --resume auto --output_dir output/run --data-path /data/imagenet
+    python main.py --finetune alt_gvt_small.pth --data-path /data/other --epochs 10 --output_dir output/other
+    python main.py --eval --resume alt_gvt_small.pth --data-path /data/imagenet
+
+Exit status: 0 done, 2 something is wrong with what was asked for, 3 the loss was not finite, 1 anything else.
+"""
+import os
+import signal
+import sys
+import time
+import traceback
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import options
+from options import get_args_parser  # noqa: F401  upstream's place for it
+
+try:
+    import devices  # before torch: it decides what torch may load
+except ImportError as import_error:
+    sys.exit(f"error: {import_error}")
+
+import timm
+import torch
+import torch.distributed as dist
+from timm.utils import ModelEmaV3
+
+import checkpoint
+import datasets
+import engine
+import gvt  # noqa: F401  registers the models
+import losses
+import optim
+import utils
+
+
+def build_model(args, num_classes):
+    own = dict(fused_attn=args.attn == "fused", mask_padding=args.window_padding == "mask")
+    try:
+        model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=num_classes, drop_rate=args.drop,
+                                  drop_path_rate=args.drop_path, **(own if args.model in options.MODELS else {}))
+    except RuntimeError as error:
+        if "Unknown model" not in str(error):
+            raise ValueError(str(error)) from error
+        raise ValueError(f"--model {args.model}: no such model: one of {', '.join(options.MODELS)}, or one of "
+                         "timm.list_models()") from error
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model
+
+
+def build_teacher(args, num_classes, device):
+    if args.distillation_type == "none":
+        return None
+    try:
+        teacher = timm.create_model(args.teacher_model, pretrained=not args.teacher_path, num_classes=num_classes)
+    except Exception as error:
+        raise ValueError(f"--teacher-model {args.teacher_model}: {checkpoint.first_line(error)}: name a model of timm's, and "
+                         "its weights as --teacher-path FILE") from error
+    if args.teacher_path:
+        checkpoint.load_weights(teacher, checkpoint.model_state(checkpoint.read(args.teacher_path), args.teacher_path),
+                                args.teacher_path)
+    return teacher.to(device).eval()
+
+
+def build_data(args, ranks):
+    """-> training loader (None for an evaluation), validation loader, class names"""
+    small = args.data_set in ("CIFAR", "CIFAR10") and args.input_size == 32
+    transform = partial(datasets.build_transform, input_size=args.input_size, native_size=small)
+    train_transform = transform(
+        is_train=True, color_jitter=args.color_jitter, auto_augment=args.aa, interpolation=args.train_interpolation,
+        reprob=args.reprob, remode=args.remode, recount=args.recount, hflip=args.hflip, crop_scale=args.crop_scale)
+    train, val, classes = datasets.build_datasets(
+        args.data_path, args.data_set, train_transform, transform(is_train=False), args.inat_category, args.seed,
+        with_train=not (args.eval or args.throughout))
+    loader = partial(datasets.build_loader, batch_size=args.batch_size, workers=args.num_workers,
+                     seed=args.seed, pin_memory=args.pin_mem and devices.pins_memory(ranks.device))
+    train_loader = train and loader(train, True, rank=ranks.rank, ranks=ranks.world_size, repeated_aug=args.repeated_aug)
+    shared = dict(rank=ranks.rank, ranks=ranks.world_size) if args.dist_eval else {}
+    return train_loader, loader(val, False, **shared), classes
+
+
+def load_weights(args, net, say):
+    """Put the weights of --finetune or --resume into `net`. -> the checkpoint to go on from, or None
+
+    Only --resume goes on; --finetune takes weights, and gives another number of classes a new head.
+    """
+    if path := options.finetune_file(args):
+        state = checkpoint.model_state(checkpoint.read(path), path)
+        state, other = checkpoint.adapt_head(net, state, net.pretrained_cfg.get("classifier") or "head")
+        checkpoint.load_weights(net, state, path)
+        say(f"Fine-tuning from {path}" + (f": its head has {other} classes and the data {net.num_classes}, so the head "
+                                          "starts anew" if other else ""))
+        return None
+    path = options.resume_file(args)
+    if not path:
+        return None
+    path, content = checkpoint.find_newest(args.output_dir) if path == "auto" else (path, checkpoint.read(path))
+    checkpoint.load_weights(net, checkpoint.model_state(content, path), path)
+    if args.eval or args.throughout:
+        return content
+    if not isinstance(content, dict) or not {"optimizer", "epoch"} <= set(content):
+        say(f"{path} holds weights only: the training starts at epoch {args.start_epoch}")
+        return None
+    say(f"Resuming from {path}, after epoch {content['epoch']}")
+    return content
+
+
+def recipe(args, ranks, precision, peak_lr, optimizer, net, train_loader):
+    """What this run does, as it is really used."""
+    per_step = args.batch_size * ranks.world_size
+    return "\n".join([
+        "Recipe",
+        f"  model          {args.model}, {sum(p.numel() for p in net.parameters()):,} parameters, {net.num_classes} classes, "
+        f"{args.input_size} pixels",
+        f"  device         {devices.describe(ranks.device)}, world size {ranks.world_size}",
+        f"  precision      {precision.name}",
+        f"  global batch   {per_step * args.accum_steps} = {args.batch_size} x {ranks.world_size} ranks x "
+        f"{args.accum_steps} accumulated, {len(train_loader)} iterations an epoch",
+        f"  optimizer      {type(optimizer).__name__}, weight decay {args.weight_decay}, clip {args.clip_grad or 'off'}",
+        f"  effective lr   {peak_lr:.6g} = {args.lr:g} x {per_step * args.accum_steps} / 512",
+        f"  peak lr        {peak_lr:.6g} after {args.warmup_epochs} warm-up epochs from {args.warmup_lr:g}, then "
+        f"{args.sched} to {args.min_lr:g}, lag {args.sched_lag}",
+        f"  epochs         {args.epochs}, drop path {args.drop_path}",
+        f"  augmentation   {args.aa}, mixup {args.mixup}, cutmix {args.cutmix}, smoothing {args.smoothing}, erasing {args.reprob}",
+    ])
+
+
+def main(args):
+    """One run. args: as options.parse gives them; nothing changes them."""
+    ranks = devices.init_distributed_mode(args.device)
+    device, say = ranks.device, print if ranks.is_main else (lambda *_: None)
+    devices.set_tensor_float(device, args.fp32, args.hf32)
+    devices.seed_everything(args.seed)  # the same weights everywhere
+    for note in options.notes(args):
+        say(f"note: {note}")
+
+    train_loader, val_loader, classes = build_data(args, ranks)
+    net = build_model(args, len(classes))
+    saved = load_weights(args, net, say)
+    net.to(device)
+    devices.seed_everything(args.seed + ranks.rank)  # other drop paths and mixtures on each rank
+    precision = devices.make_precision(device, args.amp)
+    evaluate = partial(engine.evaluate, device=device, autocast=precision.autocast, ranks=ranks.world_size if args.dist_eval else 1,
+                       shared=args.dist_eval, quiet=not ranks.is_main)
+
+    if args.throughout:
+        rate = engine.throughput(val_loader, net, device, precision.autocast, partial(devices.synchronize, device), time.perf_counter)
+        say(f"batch_size {min(args.batch_size, len(val_loader.dataset))} throughput {rate:.2f}")
+        return
+    if args.eval:
+        if args.model_ema and saved:
+            checkpoint.load_weights(net, checkpoint.model_state(saved, "the moving average", ema=True), "the moving average")
+        stats = evaluate(val_loader, net)
+        say(f"Accuracy of the network on the {stats['images']} test images: {stats['acc1']:.3f}%")
+        return
+
+    optimizer, schedule, peak_lr = optim.build(
+        net, device, lr=args.lr, global_batch=args.batch_size * ranks.world_size * args.accum_steps, epochs=args.epochs,
+        opt=args.opt, weight_decay=args.weight_decay, momentum=args.momentum, eps=args.opt_eps, betas=args.opt_betas,
+        precision=precision.name, sched=args.sched, sched_lag=args.sched_lag, warmup_lr=args.warmup_lr,
+        warmup_epochs=args.warmup_epochs, min_lr=args.min_lr, cooldown_epochs=args.cooldown_epochs,
+        decay_epochs=args.decay_epochs, decay_rate=args.decay_rate, patience_epochs=args.patience_epochs,
+        lr_noise=args.lr_noise, lr_noise_pct=args.lr_noise_pct, lr_noise_std=args.lr_noise_std, seed=args.seed)
+    net, optimizer = precision.initialize(net, optimizer)
+    model_ema = ModelEmaV3(net, decay=args.model_ema_decay) if args.model_ema else None
+    start_epoch, best, accuracy = args.start_epoch, 0.0, None
+    if saved:
+        optim.load_state(optimizer, saved["optimizer"])
+        schedule.load_state_dict(saved.get("schedule", {}))
+        precision.load_state_dict(saved.get("scaler") or saved.get("amp") or {})
+        if model_ema is not None and saved.get("model_ema"):
+            checkpoint.load_weights(model_ema.module, checkpoint.model_state(saved, "the moving average", ema=True), "the moving average")
+        start_epoch, best, accuracy = saved["epoch"] + 1, saved.get("best_accuracy", 0.0), saved.get("last_accuracy")
+    model = torch.compile(net) if args.compile else net
+    if ranks.world_size > 1:
+        model = devices.parallel(model, device, devices.is_flat(optimizer))
+    criterion = losses.DistillationLoss(losses.Criterion(args.smoothing), build_teacher(args, len(classes), device),
+                                        args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    mixup = datasets.FixedShapeMixup(
+        args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+        label_smoothing=args.smoothing, num_classes=len(classes)) if options.mixes(args) else None
+
+    folder = Path(args.output_dir) if args.output_dir and ranks.is_main else None
+    if folder:
+        if moved := checkpoint.prepare_folder(folder, keep=saved is not None):
+            say(f"An earlier run's files in {folder} are now {', '.join(moved)}")
+        utils.keep_epochs_before(folder / "log.txt", start_epoch)
+    say(recipe(args, ranks, precision, peak_lr, optimizer, net, train_loader), flush=True) if ranks.is_main else None
+    if start_epoch >= args.epochs:
+        say(f"Nothing to train: epoch {start_epoch} of {args.epochs} is next (--epochs)")
+
+    started, steps_left = time.perf_counter(), args.max_step
+    for epoch in range(start_epoch, args.epochs):
+        epoch_started = time.perf_counter()
+        datasets.set_epoch(train_loader, epoch)
+        schedule.start_epoch(epoch, accuracy)
+        try:
+            stats = engine.train_one_epoch(
+                model, criterion, train_loader, optimizer, device, epoch, precision, args.clip_grad, model_ema, mixup,
+                accum_steps=args.accum_steps, max_steps=steps_left, print_freq=args.print_freq, ranks=ranks.world_size,
+                quiet=not ranks.is_main, memory=partial(devices.max_memory, device))
+        except engine.NonFiniteLoss as error:
+            files = ", ".join(str(train_loader.dataset.name(name)) for name in error.names)
+            raise engine.NonFiniteLoss(epoch, str(error).rsplit(" ", 1)[1], files) from error
+        steps_left -= stats["steps"] if args.max_step else 0
+        last = epoch + 1 == args.epochs or (args.max_step and steps_left <= 0)
+
+        tests = {}
+        if not args.no_eval and ((epoch + 1) % args.val_interval == 0 or last):
+            tests = {f"test_{key}": value for key, value in evaluate(val_loader, net).items() if key != "images"}
+            accuracy = tests["test_acc1"]
+            if model_ema is not None:
+                averaged = evaluate(val_loader, model_ema.module, header="Test EMA:")
+                tests |= {f"test_ema_{key}": value for key, value in averaged.items() if key != "images"}
+        scores = [tests[key] for key in ("test_acc1", "test_ema_acc1") if key in tests]
+        improved, best = bool(scores) and max(scores) > best, max([best, *scores])
+        if scores:
+            say(f"Max accuracy: {best:.2f}%")
+
+        if folder:
+            content = dict(
+                model=net.state_dict(), optimizer=optim.portable_state(optimizer), schedule=schedule.state_dict(),
+                scaler=precision.state_dict(), epoch=epoch, best_accuracy=best, last_accuracy=accuracy, options=vars(args),
+                classes=classes, **({"model_ema": model_ema.module.state_dict()} if model_ema is not None else {}))
+            checkpoint.save(folder / checkpoint.LAST, **content)
+            if improved:
+                checkpoint.save(folder / checkpoint.BEST, **content)
+            utils.append_json(folder / "log.txt", {
+                "train_lr": stats["lr"], "train_loss": stats["loss"], "test_loss": tests.get("test_loss"),
+                "test_acc1": tests.get("test_acc1"), "test_acc5": tests.get("test_acc5"), "epoch": epoch,
+                "n_parameters": sum(p.numel() for p in net.parameters() if p.requires_grad), **tests, "max_acc1": best,
+                "fps": stats["fps"], "steps": stats["steps"], "world_size": ranks.world_size,
+                "global_batch": args.batch_size * ranks.world_size * args.accum_steps,
+                "epoch_seconds": time.perf_counter() - epoch_started})
+        if last:
+            break
+    say(f"Training time {timedelta(seconds=int(time.perf_counter() - started))}")
+
+
+def complain(error, training):
+    """Say what went wrong: one line for what a user can mend, the traceback for the rest. -> exit status"""
+    error = devices.explain(error)
+    text = str(error).strip()
+    if isinstance(error, engine.NonFiniteLoss):
+        status, text = 3, f"{text}: lower --lr or raise --clip-grad, or look at the images of that batch: {error.names or 'of another rank'}"
+    elif isinstance(error, datasets.UnreadableImage):  # from a loader's worker it comes with that worker's traceback
+        status, text = 2, text.splitlines()[-1].partition("UnreadableImage: ")[2] or text
+    elif isinstance(error, devices.DeviceError):
+        status = 1
+    elif isinstance(error, ValueError) and raised_here(error):
+        status = 2
+    else:
+        traceback.print_exception(error)
+        return 1
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank and not training:
+        time.sleep(10)  # every rank found the same: let the first one say it, and torchrun end the others
+    print(f"error: {text}" if not local_rank else f"error (rank {os.environ.get('RANK')}): {text}", file=sys.stderr, flush=True)
+    return status
+
+
+def raised_here(error):
+    """Whether our own code raised it: a library's ValueError is a crash, and shows its traceback."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename).resolve().parent == Path(__file__).resolve().parent
+
+
+def run(argv=None):
+    """main with errors turned into an exit status."""
+    args = options.parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        main(args)
+        return 0
+    except devices.NeedsRestart:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return complain(error, training="train_one_epoch" in "".join(traceback.format_exception(error)))
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,100 @@
+"""How are weights moved? Effective learning rate, parameter groups, optimizer and schedule: one function, in that order."""
+import torch
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+
+import devices
+
+# How an optimizer computes, not what: these stay the running optimizer's own when it takes another one's state.
+IMPLEMENTATION = ("params", "fused", "foreach", "capturable", "differentiable", "decoupled_weight_decay")
+
+
+def effective_lr(lr, global_batch):
+    """`lr` is the rate of 512 images a step. DeiT, arXiv 2012.12877."""
+    return lr * global_batch / 512
+
+
+class Schedule:
+    """timm's scheduler, asked before each epoch: epoch e runs at its step max(e - lag, 0)."""
+
+    def __init__(self, scheduler, lag=0):
+        self.scheduler, self.lag = scheduler, lag
+
+    def start_epoch(self, epoch, metric=None):
+        """Set the rates of `epoch`. metric: the last validation accuracy, for plateau."""
+        if self.scheduler is not None and (metric is not None or not hasattr(self.scheduler, "lr_scheduler")):
+            self.scheduler.step(max(epoch - self.lag, 0), metric)
+
+    def state_dict(self):
+        """Only what the options do not say again: plateau counts bad epochs, the others are functions of the epoch."""
+        plateau = getattr(self.scheduler, "lr_scheduler", None)
+        return {} if plateau is None else {k: v for k, v in plateau.state_dict().items() if isinstance(v, (int, float, bool))}
+
+    def load_state_dict(self, state):
+        plateau = getattr(self.scheduler, "lr_scheduler", None)
+        if plateau is not None:
+            plateau.__dict__.update({k: v for k, v in state.items() if k in plateau.state_dict()})
+
+
+def build(model, device, *, lr, global_batch, epochs, opt="adamw", weight_decay=0.05, momentum=0.9, eps=None, betas=None,
+          precision="fp32", sched="cosine", sched_lag=1, warmup_lr=1e-6, warmup_epochs=5, min_lr=1e-5,
+          cooldown_epochs=10, decay_epochs=30, decay_rate=0.1, patience_epochs=10, lr_noise=None, lr_noise_pct=0.67,
+          lr_noise_std=1.0, seed=0):
+    """-> optimizer, Schedule, peak learning rate. Raises ValueError for an optimizer that is not known or not here.
+
+    The rate is scaled before the optimizer is built: the original scaled a number that nothing read any more.
+    """
+    peak_lr = effective_lr(lr, global_batch)
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
+    settings = {key: value for key, value in dict(eps=eps, betas=betas).items() if value is not None}
+    constructor, flavour = devices.optimizer_flavour(device, opt, precision)
+    try:
+        if constructor is not None:
+            optimizer = constructor(groups, lr=peak_lr, weight_decay=weight_decay, **settings)
+        else:
+            if "adam" not in opt:  # eps and betas are Adam's: their defaults must not trouble SGD
+                settings = {}
+            optimizer = create_optimizer_v2(groups, opt, lr=peak_lr, weight_decay=weight_decay, momentum=momentum,
+                                            **settings, **flavour)
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ValueError(f"--opt {opt}: {str(error).splitlines()[0]}: use one of timm's optimizers") from error
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched, num_epochs=epochs, decay_epochs=decay_epochs, cooldown_epochs=cooldown_epochs,
+        patience_epochs=patience_epochs, decay_rate=decay_rate, min_lr=min_lr, warmup_lr=warmup_lr,
+        warmup_epochs=warmup_epochs, noise=list(lr_noise) if lr_noise else None, noise_pct=lr_noise_pct,
+        noise_std=lr_noise_std, noise_seed=seed)
+    return optimizer, Schedule(scheduler, sched_lag), peak_lr
+
+
+def portable_state(optimizer):
+    """The optimizer's state as torch's AdamW writes it, whichever optimizer it is."""
+    state = optimizer.state_dict()
+    moments = {i: {key: torch.tensor(float(value)) if key == "step" else value for key, value in entry.items()}
+               for i, entry in state["state"].items()}
+    return {"state": moments, "param_groups": state["param_groups"]}
+
+
+def load_state(optimizer, state):
+    """Take a portable state. Raises ValueError where it belongs to other parameters or another kind of optimizer.
+
+    Before the first step: torch_npu's flat optimizer ignores what comes later. Its steps are plain numbers, since
+    tensors that alias would count twice; torch's are tensors.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    saved = state["param_groups"]
+    if [len(group["params"]) for group in own] != [len(group["params"]) for group in saved]:
+        raise ValueError("the checkpoint's optimizer has other parameters: was it another model, or another --weight-decay?")
+    groups = [{**old, **{k: v for k, v in new.items() if k in old and k not in IMPLEMENTATION}}
+              for old, new in zip(own, saved)]
+    known = {"betas"} & set(own[0]), {"betas"} & set(saved[0])
+    if known[0] != known[1]:
+        raise ValueError("the checkpoint's optimizer is of another kind (--opt)")
+    flat = devices.is_flat(optimizer)
+
+    def step(value):
+        return int(value) if flat else torch.as_tensor(float(value))
+
+    moments = {i: {key: step(value) if key == "step" else value for key, value in entry.items()}
+               for i, entry in state["state"].items()}
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})

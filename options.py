@@ -1,0 +1,286 @@
+"""What can a user ask for? One table of options, its checks, and the recipe that follows from them.
+
+Every row: spellings, default, type, unit, where it came from, help. A hyphen and an underscore are the same thing in a
+name. `parse(argv)` gives the checked arguments; nothing changes them afterwards.
+"""
+import argparse
+import math
+
+MODELS = ("pcpvt_small_v0", "pcpvt_base_v0", "pcpvt_large_v0", "alt_gvt_small", "alt_gvt_base", "alt_gvt_large")
+DATA_SETS = ("CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19", "DIGITS")
+INAT_LEVELS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+SWITCH = "switch"  # the type of an option that takes no value
+
+
+def floats(text):
+    return tuple(float(x) for x in text.replace(",", " ").split())
+
+
+# fmt: off
+OPTIONS = {
+    "Run": [
+        # name                     default          type   unit / choices       from     what it does
+        ("--model",                "alt_gvt_small", str,   None,                "deit",  "model: one of ours, or any of timm's"),
+        ("--batch-size",           64,              int,   "images a card",     "deit",  "batch of one card and one accumulation step"),
+        ("--epochs",               300,             int,   "epochs",            "deit",  "length of the schedule and of the training"),
+        ("--max_step",             0,               int,   "iterations",        "ascend", "end this run normally after so many iterations; 0: no limit"),
+        ("--output_dir",           "",              str,   "folder",            "deit",  "where checkpoints and log.txt go; empty: nothing is saved"),
+        ("--device",               "auto",          str,   "npu|cuda|gpu|cpu|auto", "deit", "auto: npu, else cuda, else cpu; npu:3 picks a card"),
+        ("--seed",                 0,               int,   None,                "deit",  "seed of weights, samplers and augmentation"),
+        ("--resume",               "",              str,   "file|auto",         "deit",  "go on from a checkpoint; auto: the newest one in --output_dir"),
+        ("--start_epoch",          0,               int,   "epoch",             "deit",  "first epoch, where no checkpoint says it"),
+        ("--finetune",             "",              str,   "file",              "deit",  "start from these weights at epoch 0; another number of classes gets a new head"),
+        ("--pretrained",           False,           SWITCH, None,               "timm",  "start from timm's published weights (downloads them)"),
+        ("--eval",                 False,           SWITCH, None,               "deit",  "evaluate only"),
+        ("--no-eval",              False,           SWITCH, None,               "ours",  "train without evaluating"),
+        ("--throughout",           False,           SWITCH, None,               "twins", "measure the inference throughput only"),
+        ("--dist-eval",            False,           SWITCH, None,               "deit",  "share the validation set between the ranks; the result is the same, exactly"),
+        ("--val-interval",         1,               int,   "epochs",            "ours",  "evaluate every so many epochs, and after the last"),
+        ("--print-freq",           10,              int,   "iterations",        "ours",  "a log line, and a look at the loss, every so many iterations"),
+        ("--world_size",           1,               int,   "processes",         "deit",  "set by torchrun"),
+        ("--dist_url",             "env://",        str,   None,                "deit",  "set by torchrun"),
+    ],
+    "Model": [
+        ("--input-size",           224,             int,   "pixels",            "deit",  "side of the square input"),
+        ("--drop",                 0.0,             float, "probability",       "deit",  "dropout"),
+        ("--drop-path",            0.1,             float, "probability",       "deit",  "drop path of the last block, rising from 0 at the first"),
+        ("--attn",                 "fused",         str,   ("fused", "explicit"), "ours", "fused attention kernels, or the explicit formula"),
+        ("--window-padding",       "zeros",         str,   ("zeros", "mask"),   "ours",  "padded windows: zeros as in the published models, or hidden from the real tokens"),
+        ("--grad-checkpointing",   False,           SWITCH, None,               "timm",  "recompute the blocks in the backward pass: less memory, more time"),
+        ("--compile",              False,           SWITCH, None,               "timm",  "torch.compile the model"),
+        ("--model-ema",            False,           SWITCH, None,               "deit",  "keep and evaluate an exponential moving average of the weights, too"),
+        ("--model-ema-decay",      0.9999,          float, None,                "timm",  "its decay an update"),
+    ],
+    "Precision": [
+        ("--amp",                  "auto",          str,   ("auto", "bf16", "fp16", "apex", "off"), "ours", "auto: bf16 where native, else fp16, else fp32 (cpu: fp32)"),
+        ("--fp32",                 False,           SWITCH, None,               "ascend", "NPU: no HF32 in convolutions or products"),
+        ("--hf32",                 False,           SWITCH, None,               "ascend", "NPU: HF32 in convolutions and products"),
+    ],
+    "Optimizer and schedule": [
+        ("--opt",                  "adamw",         str,   None,                "deit",  "any of timm's optimizers, or npufusedadamw"),
+        ("--opt-eps",              1e-8,            float, None,                "deit",  "epsilon"),
+        ("--opt-betas",            None,            floats, None,               "deit",  "betas, for example --opt-betas 0.9 0.999"),
+        ("--clip-grad",            5.0,             float, "norm",              "twins", "largest norm of the gradient; 0: off"),
+        ("--momentum",             0.9,             float, None,                "deit",  "momentum, for the optimizers that have one"),
+        ("--weight-decay",         0.05,            float, None,                "deit",  "weight decay"),
+        ("--accum-steps",          1,               int,   "iterations",        "ours",  "iterations whose gradients make one update"),
+        ("--lr",                   5e-4,            float, "per 512 images",    "deit",  "learning rate; used is lr * global batch / 512"),
+        ("--sched",                "cosine",        str,   ("cosine", "tanh", "step", "plateau", "poly", "constant", "none"), "deit", "schedule"),
+        ("--sched-lag",            1,               int,   "epochs",            "ours",  "epoch e runs at the schedule's step e - lag, as in the published logs; 0 removes it"),
+        ("--warmup-lr",            1e-6,            float, None,                "deit",  "rate at the start of the warm-up"),
+        ("--warmup-epochs",        5,               int,   "epochs",            "deit",  "length of the warm-up"),
+        ("--min-lr",               1e-5,            float, None,                "deit",  "floor of the schedule"),
+        ("--cooldown-epochs",      10,              int,   "epochs",            "deit",  "epochs at the floor after the schedule; the loop ends at --epochs, as upstream's"),
+        ("--decay-epochs",         30.0,            float, "epochs",            "deit",  "step: interval"),
+        ("--decay-rate --dr",      0.1,             float, None,                "deit",  "step, plateau: factor; poly: power"),
+        ("--patience-epochs",      10,              int,   "epochs",            "deit",  "plateau: patience"),
+        ("--lr-noise",             None,            floats, "of the epochs",    "deit",  "noise on the rate between these fractions of the schedule"),
+        ("--lr-noise-pct",         0.67,            float, None,                "deit",  "its limit"),
+        ("--lr-noise-std",         1.0,             float, None,                "deit",  "its standard deviation"),
+    ],
+    "Data": [
+        ("--data-path",            "",              str,   "folder",            "deit",  "the data set"),
+        ("--data-set",             "IMNET",         str,   DATA_SETS,           "deit",  "IMNET: class folders, or tar shards, in train/ and val/; CIFAR is CIFAR-100"),
+        ("--inat-category",        "name",          str,   INAT_LEVELS,         "deit",  "the level of iNaturalist's classes"),
+        ("--use-mcloader",         False,           SWITCH, None,               "twins", "gone: see the note it prints"),
+        ("--num_workers",          10,              int,   "processes a card",  "deit",  "loader processes"),
+        ("--pin-mem",              True,            SWITCH, None,               "deit",  "pinned host memory"),
+    ],
+    "Augmentation": [
+        ("--color-jitter",         0.4,             float, None,                "deit",  "colour jitter, where --aa is off"),
+        ("--aa",                   "rand-m9-mstd0.5-inc1", str, None,           "deit",  "auto-augment policy; none: off"),
+        ("--train-interpolation",  "bicubic",       str,   ("random", "bilinear", "bicubic"), "deit", "of the random crop"),
+        ("--smoothing",            0.1,             float, "probability",       "deit",  "label smoothing"),
+        ("--repeated-aug",         False,           SWITCH, None,               "deit",  "three augmented copies of a third of the images an epoch"),
+        ("--reprob",               0.25,            float, "probability",       "deit",  "random erasing"),
+        ("--remode",               "pixel",         str,   ("const", "rand", "pixel"), "deit", "what it fills in"),
+        ("--recount",              1,               int,   "boxes",             "deit",  "how many boxes at most"),
+        ("--resplit",              False,           SWITCH, None,               "deit",  "no erasing in the first split: Twins has no augmentation splits"),
+        ("--hflip",                0.5,             float, "probability",       "timm",  "horizontal flip"),
+        ("--crop-scale",           (0.08, 1.0),     floats, "of the area",      "timm",  "range of the random crop's area"),
+        ("--mixup",                0.8,             float, "alpha",             "deit",  "mixup; 0: off"),
+        ("--cutmix",               1.0,             float, "alpha",             "deit",  "cutmix; 0: off"),
+        ("--cutmix-minmax",        None,            floats, "of the side",      "deit",  "cutmix with boxes between these ratios, instead of alpha"),
+        ("--mixup-prob",           1.0,             float, "probability",       "deit",  "of mixing a batch at all"),
+        ("--mixup-switch-prob",    0.5,             float, "probability",       "deit",  "of cutmix where both are on"),
+        ("--mixup-mode",           "batch",         str,   ("batch", "pair", "elem"), "deit", "one draw a batch, a pair or an image"),
+    ],
+    "Distillation": [
+        ("--distillation-type",    "none",          str,   ("none", "soft", "hard"), "deit", "learn from a teacher's logits or decisions"),
+        ("--teacher-model",        "",              str,   None,                "deit",  "the teacher: any model of ours or timm's"),
+        ("--teacher-path",         "",              str,   "file",              "deit",  "its weights; empty: timm's published ones"),
+        ("--distillation-alpha",   0.5,             float, "0..1",              "deit",  "the teacher's share of the loss"),
+        ("--distillation-tau",     1.0,             float, None,                "deit",  "temperature of soft distillation"),
+    ],
+}
+# fmt: on
+DEFAULTS = {}
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for one mistake."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (python main.py --help lists the options)\n")
+
+
+class Help(argparse.HelpFormatter):
+    """Shows one spelling of each option: the hyphens or underscores of its row."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=120)
+
+    def _format_action_invocation(self, action):
+        names, hidden = list(action.option_strings), getattr(action, "hidden", ())
+        shown = ", ".join(name for name in names if name not in hidden)
+        return f"{shown} {self._format_args(action, '').strip()}".rstrip() if action.nargs != 0 else shown
+
+
+def spellings(names):
+    """(the row's own spellings, and the same with hyphens and underscores exchanged)"""
+    own = names.split()
+    both = {f"--{form}" for name in own for form in (name[2:].replace("-", "_"), name[2:].replace("_", "-"))}
+    return own, sorted(both - set(own))
+
+
+def get_args_parser(add_help=False):
+    """The argparse parser of the table. As upstream's it has no --help unless asked for, so it can be a parent."""
+    parser = Parser("main.py", usage="main.py --data-path FOLDER [options]", add_help=add_help, formatter_class=Help, allow_abbrev=False)
+    for title, rows in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for names, default, kind, unit, source, text in rows:
+            own, other = spellings(names)
+            dest = own[0][2:].replace("-", "_")
+            choices = unit if isinstance(unit, tuple) else None
+            note = f"{text} [{source}; {'' if choices or not unit else unit + '; '}default: {default}]".replace("%", "%%")
+            if kind is SWITCH:
+                action = group.add_argument(*own, *other, action="store_true", default=default, help=note)
+                if dest in ("repeated_aug", "pin_mem"):
+                    off = [f"--no-{dest}", f"--no-{dest.replace('_', '-')}", f"--no_{dest}"]
+                    group.add_argument(*off, action="store_false", dest=dest, help=argparse.SUPPRESS)
+            elif kind is floats:
+                action = group.add_argument(*own, *other, type=float, nargs="+", default=default, help=note,
+                                            metavar="X")
+            else:
+                action = group.add_argument(*own, *other, type=kind, default=default, choices=choices, help=note,
+                                            metavar=None if choices else kind.__name__.upper())
+            action.hidden = other
+            DEFAULTS[dest] = default
+    return parser
+
+
+def parse(argv=None):
+    """Parsed and checked arguments. A mistake ends the program with one line and status 2."""
+    parser = get_args_parser(add_help=True)
+    args = parser.parse_args(argv)
+    try:
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def mixes(args):
+    """Whether batches are mixed, and targets therefore soft."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def finetune_file(args):
+    """The weights to fine-tune from. `--finetune yes --resume FILE` is the original's way to say `--finetune FILE`."""
+    return args.resume if args.finetune.lower() in ("yes", "true", "1") else args.finetune
+
+
+def resume_file(args):
+    """The checkpoint to go on from: not what is fine-tuned from."""
+    return "" if finetune_file(args) else args.resume
+
+
+def check(args):
+    """Raises ValueError for what cannot work together, before anything is loaded."""
+    at_least = dict(batch_size=1, epochs=1, max_step=0, input_size=32, num_workers=0, accum_steps=1, val_interval=1,
+                    print_freq=1, start_epoch=0, sched_lag=0, warmup_epochs=0, recount=1, lr=0, weight_decay=0, clip_grad=0,
+                    mixup=0, cutmix=0, distillation_tau=1e-6)
+    for name, least in at_least.items():
+        value = getattr(args, name)
+        if not math.isfinite(value) or value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, and must be at least {least}")
+    for name in ("drop", "drop_path", "reprob", "mixup_prob", "mixup_switch_prob", "distillation_alpha", "hflip"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, and must be between 0 and 1")
+    if not 0 <= args.smoothing < 1 or args.drop_path == 1:
+        raise ValueError("--smoothing and --drop-path must be less than 1")
+    for name in ("cutmix_minmax", "opt_betas", "crop_scale"):
+        if getattr(args, name) is not None and len(getattr(args, name)) != 2 and name != "opt_betas":
+            raise ValueError(f"--{name.replace('_', '-')} takes two numbers, for example 0.2 0.8")
+    if mixes(args) and args.batch_size % 2 and not (args.eval or args.throughout):
+        raise ValueError(f"--batch-size {args.batch_size} is odd, and mixup pairs the images of a batch: "
+                         "use an even batch, or --mixup 0 --cutmix 0")
+    if args.finetune.lower() in ("yes", "true", "1") and not args.resume:
+        raise ValueError(f"--finetune {args.finetune} needs the weights as --resume FILE; better: --finetune FILE")
+    if args.resume and args.finetune and args.finetune.lower() not in ("yes", "true", "1"):
+        raise ValueError("--finetune starts a new training and --resume goes on with one: give one of them")
+    if args.resume == "auto" and not args.output_dir:
+        raise ValueError("--resume auto looks in --output_dir: say which folder")
+    if args.eval and not (args.resume or args.finetune or args.pretrained):
+        raise ValueError("--eval needs weights: --resume FILE, or --pretrained")
+    if args.pretrained and (args.resume or args.finetune):
+        raise ValueError("--pretrained, --finetune and --resume all bring weights: give one of them")
+    if args.eval and args.no_eval:
+        raise ValueError("--eval and --no-eval exclude each other")
+    if args.distillation_type != "none" and not args.teacher_model:
+        raise ValueError("--distillation-type needs a teacher: --teacher-model NAME [--teacher-path FILE]")
+    if args.distillation_type == "none" and (args.teacher_model or args.teacher_path):
+        raise ValueError("a teacher has no effect without --distillation-type soft or hard")
+    if args.fp32 and args.hf32:
+        raise ValueError("--fp32 and --hf32 exclude each other")
+    if not args.data_path:
+        raise ValueError("no data set: --data-path FOLDER")
+
+
+def notes(args):
+    """One line for each option that was given and cannot do anything in this run."""
+    given = {name for name, default in DEFAULTS.items() if getattr(args, name) != default}
+    found = []
+
+    def idle(names, why):
+        found.extend(f"--{name.replace('_', '-')} has no effect: {why}" for name in names if name in given)
+
+    idle(["use_mcloader"], "the original's in-house loader is gone; put webdataset tar shards into DATA/train and "
+                           "DATA/val, they are found by themselves (python datasets.py shards makes them)")
+    idle(["resplit"], "Twins trains without augmentation splits")
+    idle(["world_size", "dist_url"], "torchrun says who takes part (torchrun --nproc_per_node=8 main.py ...)")
+    if "adam" in args.opt:
+        idle(["momentum"], f"{args.opt} has betas (--opt-betas)")
+    if args.sched not in ("step", "plateau", "poly"):
+        idle(["decay_rate"], f"the {args.sched} schedule has no decay rate")
+    if args.sched != "step":
+        idle(["decay_epochs"], f"the {args.sched} schedule has no decay interval")
+    if args.sched != "plateau":
+        idle(["patience_epochs"], f"the {args.sched} schedule has no patience")
+    idle(["cooldown_epochs"], "the training ends at --epochs, before the cool-down, as upstream's does")
+    if args.lr_noise is None:
+        idle(["lr_noise_pct", "lr_noise_std"], "there is no --lr-noise")
+    if args.aa and args.aa != "none":
+        idle(["color_jitter"], "--aa replaces colour jitter (--aa none brings it back)")
+    if args.reprob == 0:
+        idle(["remode", "recount"], "--reprob is 0")
+    if not mixes(args):
+        idle(["mixup_prob", "mixup_switch_prob", "mixup_mode"], "mixup and cutmix are off")
+    if not args.model_ema:
+        idle(["model_ema_decay"], "there is no --model-ema")
+    if args.distillation_type != "soft":
+        idle(["distillation_tau"], "only soft distillation has a temperature")
+    if args.distillation_type == "none":
+        idle(["distillation_alpha"], "there is no --distillation-type")
+    if args.data_set not in ("INAT", "INAT19"):
+        idle(["inat_category"], f"{args.data_set} has one level of classes")
+    return found
+
+
+if __name__ == "__main__":  # the table as Markdown, for README
+    print("| option | default | unit or choices | from | what it does |\n|---|---|---|---|---|")
+    for title, rows in OPTIONS.items():
+        print(f"| **{title}** | | | | |")
+        for names, default, _, unit, source, text in rows:
+            unit = " ".join(unit) if isinstance(unit, tuple) else unit or ""
+            print(f"| `{names}` | `{default}` | {unit} | {source} | {text} |".replace("npu|cuda|gpu|cpu|auto", "npu cuda gpu cpu auto").replace("file|auto", "file or auto"))

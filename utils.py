@@ -1,0 +1,112 @@
+"""What do people read while it runs? Log lines, the fps they show, a progress bar, and the JSON log."""
+import json
+import os
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from tqdm import tqdm
+
+WARMUP_STEPS = 5  # steps of an epoch that fps leaves out: compilers, caches and loader workers start up in them
+
+
+class MetricLogger:
+    """Follows a loop: yields its batches, and times the windows between two readings of the device.
+
+    A window ends where `window_ends(step)`: at step 0, every print_freq steps and at the last. There the caller waits for
+    the device once and calls `line`. fps is images of all ranks a second since the window began; `fps()` is the epoch's
+    without WARMUP_STEPS. On a terminal a bar replaces the lines. quiet: neither (all ranks but the first).
+    """
+
+    def __init__(self, header, total, images_a_step, print_freq=10, quiet=False, clock=time.perf_counter):
+        self.header, self.total, self.images, self.print_freq = header, total, images_a_step, max(1, print_freq)
+        self.quiet, self.clock = quiet, clock
+        self.bar = None
+        if not quiet and sys.stdout.isatty():
+            self.bar = tqdm(total=total, desc=header, unit="it", dynamic_ncols=True, file=sys.stdout)
+        self.sums, self.counts = {}, {}
+
+    def window_ends(self, step):
+        return step % self.print_freq == 0 or step == self.total - 1
+
+    def follow(self, batches):
+        """Yield (step, batch), at most `total` of them."""
+        self.start = asked = self.clock()
+        self.marks, self.data_time, self.last_step = [(-1, self.start)], 0.0, -1
+        for step, batch in zip(range(self.total), batches):
+            self.data_time += self.clock() - asked
+            yield step, batch
+            self.last_step = step
+            asked = self.clock()
+        if self.bar:
+            self.bar.close()
+
+    def average(self, name):
+        return self.sums[name] / max(1, self.counts[name])
+
+    def line(self, step, lr=None, memory=None, **meters):
+        """Show a window that ended with `step`. meters: name=(sum over the window, count)."""
+        for name, (total, count) in meters.items():
+            self.sums[name] = self.sums.get(name, 0.0) + total
+            self.counts[name] = self.counts.get(name, 0) + count
+        (before, then), now = self.marks[-1], self.clock()
+        self.marks.append((step, now))
+        steps = step - before
+        seconds, data, self.data_time = (now - then) / steps, self.data_time / steps, 0.0
+        fps = self.images / max(seconds, 1e-9)
+        if self.quiet:
+            return
+        values = {name: f"{total / max(1, count):.4f} ({self.average(name):.4f})" for name, (total, count) in meters.items()}
+        if self.bar:
+            self.bar.update(step + 1 - self.bar.n)
+            self.bar.set_postfix({"lr": f"{lr:.2e}", "fps": f"{fps:.1f}", **values} if lr is not None else {"fps": f"{fps:.1f}"})
+            return
+        eta = timedelta(seconds=int(seconds * (self.total - step - 1)))
+        width = len(str(self.total))
+        parts = [f"{self.header}  [{step:>{width}}/{self.total}]", f"eta: {eta}"]
+        parts += [f"lr: {lr:.6g}"] if lr is not None else []
+        parts += [f"{name}: {value}" for name, value in values.items()]
+        parts += [f"time: {seconds:.4f}", f"fps:{fps:.2f}", f"data: {data:.4f}"]
+        parts += [f"max mem: {memory:.0f}"] if memory is not None else []
+        print("  ".join(parts), flush=True)
+
+    def fps(self):
+        """Images of all ranks a second over the epoch, without the warm-up where the epoch is longer than that."""
+        marks = self.marks
+        first = next((mark for mark in marks[:-1] if mark[0] + 1 >= WARMUP_STEPS), marks[1] if len(marks) > 2 else marks[0])
+        (start, then), (end, now) = first, marks[-1]
+        return (end - start) * self.images / max(now - then, 1e-9) if end > start else 0.0
+
+    def summary(self):
+        """The closing line of the loop."""
+        seconds = self.marks[-1][1] - self.start
+        steps = self.last_step + 1
+        if not self.quiet:
+            print(f"{self.header} Total time: {timedelta(seconds=int(seconds))} ({seconds / max(1, steps):.4f} s / it)  "
+                  f"fps:{self.fps():.2f}", flush=True)
+
+
+def append_json(path, row):
+    """One epoch, one line."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def keep_epochs_before(path, epoch):
+    """Drop the rows of `epoch` and later, and a half-written line: a resumed run writes them again."""
+    path = Path(path)
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["epoch"] < epoch:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.writelines(kept)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
