@@ -44,9 +44,9 @@ try:
 except (ImportError, RuntimeError, OSError) as error:
     raise ImportError(explain_import(error)) from error
 
-import numpy as np  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+import numpy as np
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass(frozen=True)

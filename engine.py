@@ -13,7 +13,7 @@ class NonFiniteLoss(ArithmeticError):
 
     def __init__(self, epoch, step, names):
         super().__init__(f"the loss is not finite in epoch {epoch}, at or before iteration {step}")
-        self.names = names
+        self.step, self.names = step, names
 
 
 def add_over_ranks(values):

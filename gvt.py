@@ -51,7 +51,7 @@ class LocallyGroupedAttention(nn.Module):
 
     def forward(self, x):
         """(B, H, W, C) -> (B, H, W, C)"""
-        B, H, W, C = x.shape
+        B, H, W, _ = x.shape
         size = self.window_size
         pad_h, pad_w = -H % size, -W % size
         if pad_h or pad_w:

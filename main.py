@@ -207,7 +207,7 @@ def main(args):
                 quiet=not ranks.is_main, memory=partial(devices.max_memory, device))
         except engine.NonFiniteLoss as error:
             files = ", ".join(str(train_loader.dataset.name(name)) for name in error.names)
-            raise engine.NonFiniteLoss(epoch, str(error).rsplit(" ", 1)[1], files) from error
+            raise engine.NonFiniteLoss(epoch, error.step, files) from error
         steps_left -= stats["steps"] if args.max_step else 0
         last = epoch + 1 == args.epochs or (args.max_step and steps_left <= 0)
 
@@ -248,7 +248,8 @@ def complain(error, training):
     error = devices.explain(error)
     text = str(error).strip()
     if isinstance(error, engine.NonFiniteLoss):
-        status, text = 3, f"{text}: lower --lr or raise --clip-grad, or look at the images of that batch: {error.names or 'of another rank'}"
+        status, text = 3, (f"{text}: lower --lr, or look at the images of that batch: "
+                           f"{error.names or '(another rank names them)'}")
     elif isinstance(error, datasets.UnreadableImage):  # from a loader's worker it comes with that worker's traceback
         status, text = 2, text.splitlines()[-1].partition("UnreadableImage: ")[2] or text
     elif isinstance(error, devices.DeviceError):
