@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import sys
+import warnings
 from dataclasses import dataclass
 
 
@@ -197,8 +198,10 @@ def pins_memory(device):
 def parallel(model, device, flat_gradients=False):
     """DistributedDataParallel over the process group. flat_gradients: the optimizer keeps gradients in its own buffer."""
     ids = None if device.type == "cpu" else [device.index]
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False,
-                                   gradient_as_bucket_view=not flat_gradients)
+    with warnings.catch_warnings():  # torch 2.14 renames broadcast_buffers; 2.7 does not know the new name
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False,
+                                       gradient_as_bucket_view=device.type != "npu" and not flat_gradients)
 
 
 # ---- precision ----
@@ -217,14 +220,41 @@ def make_scaler(device):
     return torch.amp.GradScaler(device.type)
 
 
-def clip_grad_norm_(gradients, max_norm):
-    """Scale the gradients in place so that their common 2-norm is at most max_norm. -> the norm, a tensor
+class FlatGradients:
+    """Clips like torch's clip_grad_norm_ in 7 launches, and without a wait: torch's own makes one a tensor on an NPU.
 
-    torch's clip_grad_norm_ in two launches a device and no wait for it: torch's own makes one for each tensor on an NPU.
+    One launch gathers the gradients in a buffer of this object, whose views then are the gradients; the rest are of the
+    whole buffer. torch_npu's flat optimizer already keeps them so.
     """
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+
+    def __init__(self):
+        self.buffer, self.views = None, []
+
+    def gather(self, parameters):
+        """-> buffers that hold all gradients of `parameters`"""
+        gradients = [p.grad for p in parameters]
+        if [view.shape for view in self.views] != [gradient.shape for gradient in gradients]:
+            self.buffer = torch.empty(sum(gradient.numel() for gradient in gradients), device=gradients[0].device)
+            self.views = [part.view_as(gradient) for part, gradient in
+                          zip(self.buffer.split([gradient.numel() for gradient in gradients]), gradients)]
+        torch._foreach_copy_(self.views, gradients)
+        for parameter, view in zip(parameters, self.views):
+            parameter.grad = view
+        return [self.buffer]
+
+    def clip_(self, optimizer, parameters, max_norm):
+        """Scale the gradients so that their common 2-norm is at most max_norm. -> the norm, a tensor"""
+        if is_flat(optimizer):
+            optimizer._maybe_init_combined_params_and_grads()
+            buffers = [buffer for buffer in optimizer.get_combined_grads() if buffer is not None]
+        else:
+            buffers = self.gather(parameters)
+        norms = [torch.linalg.vector_norm(buffer) for buffer in buffers]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for buffer in buffers:
+            buffer.mul_(factor)
+        return norm
 
 
 class Precision:
@@ -241,6 +271,7 @@ class Precision:
         self.device, self.name = device, {"off": "fp32"}.get(amp, amp)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
         self.scaler = make_scaler(device) if amp == "fp16" else None
+        self.gradients = FlatGradients()
 
     def autocast(self):
         if self.dtype is None:
@@ -265,8 +296,11 @@ class Precision:
         if clip_grad:
             if self.scaler is not None:
                 self.scaler.unscale_(optimizer)
-            gradients = [p.grad for p in self.parameters(optimizer) if p.grad is not None]
-            clip_grad_norm_(gradients, clip_grad)
+            parameters = [p for p in self.parameters(optimizer) if p.grad is not None]
+            if self.device.type == "npu":
+                self.gradients.clip_(optimizer, parameters, clip_grad)
+            else:
+                torch.nn.utils.clip_grad_norm_(parameters, clip_grad)
         if self.scaler is None:
             optimizer.step()
         else:
@@ -310,6 +344,7 @@ class ApexPrecision(Precision):
 
     def __init__(self, device):
         self.amp, self.device, self.name, self.dtype, self.scaler = load_apex(), device, "apex", None, None
+        self.gradients = FlatGradients()
 
     def initialize(self, model, optimizer):
         return self.amp.initialize(model, optimizer, opt_level="O1", combine_grad=True)

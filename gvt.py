@@ -13,6 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ["Twins"]
@@ -30,6 +31,14 @@ def attention(q, k, v, dropout, fused, mask=None):
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return F.dropout(scores.softmax(dim=-1), dropout) @ v
+
+
+def heads_of(x, parts, num_heads):
+    """(B', tokens, parts heads head_dim) -> `parts` views (B', heads, tokens, head_dim).
+
+    Unbound where they stand, so that the gradients are stacked in x's own order: no copy on the way back.
+    """
+    return [part.transpose(1, 2) for part in x.unflatten(-1, (parts, num_heads, -1)).unbind(2)]
 
 
 class LocallyGroupedAttention(nn.Module):
@@ -58,7 +67,7 @@ class LocallyGroupedAttention(nn.Module):
             x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
         rows, cols = (H + pad_h) // size, (W + pad_w) // size
         x = rearrange(x, "b (rows i) (cols j) c -> (b rows cols) (i j) c", i=size, j=size)
-        q, k, v = rearrange(self.qkv(x), "w n (qkv heads d) -> qkv w heads n d", qkv=3, heads=self.num_heads).unbind(0)
+        q, k, v = heads_of(self.qkv(x), 3, self.num_heads)  # (B rows cols, heads, window_size^2, head_dim)
         mask = self.real_keys(B, H, W, rows, cols, x.device) if self.mask_padding and (pad_h or pad_w) else None
         x = attention(q, k, v, self.attn_drop if self.training else 0.0, self.fused_attn, mask)
         x = rearrange(x, "(b rows cols) heads (i j) d -> b (rows i) (cols j) (heads d)", rows=rows, cols=cols, i=size)
@@ -93,8 +102,7 @@ class GlobalSubsampledAttention(nn.Module):
         q = rearrange(self.q(x), "b h w (heads d) -> b heads (h w) d", heads=self.num_heads)
         if self.sr_ratio > 1:
             x = self.norm(patch_conv(x, self.sr))
-        kv = rearrange(self.kv(x), "b h w (kv heads d) -> kv b heads (h w) d", kv=2, heads=self.num_heads)
-        k, v = kv.unbind(0)  # (B, heads, M, head_dim)
+        k, v = heads_of(self.kv(x).flatten(1, 2), 2, self.num_heads)  # (B, heads, M, head_dim)
         x = attention(q, k, v, self.attn_drop if self.training else 0.0, self.fused_attn)
         return self.proj_drop(self.proj(rearrange(x, "b heads (h w) d -> b h w (heads d)", h=H, w=W)))
 
@@ -106,8 +114,8 @@ def patch_conv(x, conv):
     """
     r = conv.stride[0]
     H, W = x.shape[1] // r * r, x.shape[2] // r * r
-    x = rearrange(x[:, :H, :W], "b (h i) (w j) c -> b h w (i j c)", i=r, j=r)
-    return F.linear(x, rearrange(conv.weight, "out c i j -> out (i j c)"), conv.bias)
+    x = rearrange(x[:, :H, :W], "b (h i) (w j) c -> b h w (c i j)", i=r, j=r)
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 class PositionalEncodingGenerator(nn.Module):
@@ -132,7 +140,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x):
         """(B, H, W, C) -> (B, H // patch_size, W // patch_size, C')"""
-        return self.norm(patch_conv(x, self.proj))
+        return self.norm(patch_conv(lowered(x), self.proj))
 
 
 class Block(nn.Module):
@@ -147,12 +155,59 @@ class Block(nn.Module):
 
     def forward(self, x, keep1=None, keep2=None):
         """(B, H, W, C) -> (B, H, W, C); keep: the drop-path factors (B, 1, 1, 1) of the two branches, or None."""
-        x = add_branch(x, self.attn(self.norm1(x)), keep1)
-        return add_branch(x, self.mlp(self.norm2(x)), keep2)
+        x = add_branch(x, self.attn(lowered(self.norm1(x))), keep1)
+        return add_branch(x, self.mlp(lowered(self.norm2(x))), keep2)
 
 
 def add_branch(x, branch, keep):
-    return x + branch if keep is None else torch.addcmul(x, branch, keep)
+    return x + branch if keep is None else AddScaled.apply(x, branch, keep)
+
+
+class AddScaled(torch.autograd.Function):
+    """x + branch * keep; the backward pass of torch.addcmul, without the product of keep with its factor 1."""
+
+    @staticmethod
+    def forward(ctx, x, branch, keep):
+        ctx.save_for_backward(keep)
+        ctx.dtype = branch.dtype
+        return torch.addcmul(x, branch, keep)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, (grad * ctx.saved_tensors[0]).to(ctx.dtype), None
+
+
+def lowered(x):
+    """x in autocast's dtype: cast once, before it is copied into windows and patches and read by several layers."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+class CastTogether(torch.autograd.Function):
+    """Many fp32 tensors in another dtype with one launch, and their gradients back with one."""
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+        torch._foreach_copy_(cast, tensors)
+        return tuple(cast)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        cast = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
+        torch._foreach_copy_(cast, grads)
+        return None, *cast
+
+
+def call(module, *inputs):
+    """module(*inputs). Under autocast its products' weights are cast together, instead of two launches for each."""
+    kind = inputs[0].device.type
+    if not torch.is_autocast_enabled(kind) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return module(*inputs)
+    names, weights = zip(*((f"{prefix}.{name}", weight) for prefix, layer in module.named_modules()
+                           if isinstance(layer, (nn.Linear, nn.Conv2d)) for name, weight in layer.named_parameters()))
+    cast = CastTogether.apply(torch.get_autocast_dtype(kind), *weights)
+    return functional_call(module, dict(zip(names, cast)), inputs)
 
 
 class Twins(nn.Module):
@@ -233,15 +288,15 @@ class Twins(nn.Module):
         factors = iter(self.drop_path_factors(x.shape[0]))
         x = rearrange(x, "b c h w -> b h w c")
         for embed, drop, blocks, peg in zip(self.patch_embeds, self.pos_drops, self.blocks, self.pos_block):
-            x = drop(embed(x))
+            x = drop(call(embed, x))
             for i, block in enumerate(blocks):
                 keep1, keep2 = next(factors), next(factors)
                 if self.grad_checkpointing and self.training:
-                    x = checkpoint(block, x, keep1, keep2, use_reentrant=False)
+                    x = checkpoint(call, block, x, keep1, keep2, use_reentrant=False)
                 else:
-                    x = block(x, keep1, keep2)
+                    x = call(block, x, keep1, keep2)
                 if i == 0:
-                    x = peg(x)
+                    x = call(peg, x)
         return self.norm(x).flatten(1, 2)
 
     def forward_head(self, x, pre_logits=False):

@@ -200,6 +200,7 @@ def main(args):
         epoch_started = time.perf_counter()
         datasets.set_epoch(train_loader, epoch)
         schedule.start_epoch(epoch, accuracy)
+        accuracy = None  # told once: plateau counts
         try:
             stats = engine.train_one_epoch(
                 model, criterion, train_loader, optimizer, device, epoch, precision, args.clip_grad, model_ema, mixup,

@@ -1,6 +1,8 @@
 """How are weights moved? Effective learning rate, parameter groups, optimizer and schedule: one function, in that order."""
+import inspect
+
 import torch
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 
 import devices
@@ -21,8 +23,8 @@ class Schedule:
         self.scheduler, self.lag = scheduler, lag
 
     def start_epoch(self, epoch, metric=None):
-        """Set the rates of `epoch`. metric: the last validation accuracy, for plateau."""
-        if self.scheduler is not None and (metric is not None or not hasattr(self.scheduler, "lr_scheduler")):
+        """Set the rates of `epoch`. metric: the accuracy after the epoch before, for plateau; None where there is none."""
+        if self.scheduler is not None:
             self.scheduler.step(max(epoch - self.lag, 0), metric)
 
     def state_dict(self):
@@ -47,18 +49,25 @@ def build(model, device, *, lr, global_batch, epochs, opt="adamw", weight_decay=
     peak_lr = effective_lr(lr, global_batch)
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
-    settings = {key: value for key, value in dict(eps=eps, betas=betas).items() if value is not None}
+    opt = opt.lower()
     constructor, flavour = devices.optimizer_flavour(device, opt, precision)
     try:
+        accepted = inspect.signature(constructor or get_optimizer_class(opt, bind_defaults=False)).parameters
+        settings = {name: value for name, value in dict(eps=eps, betas=betas).items() if value is not None}
+        if unknown := [name for name in settings if name not in accepted and name != "eps"]:
+            raise ValueError(f"it has no {unknown[0]} (--opt-{unknown[0]})")
+        if "eps" in settings and not ("eps" in accepted and isinstance(accepted["eps"].default, float)):
+            settings.pop("eps")  # the option's default is Adam's; adafactor's two and sgd's none are their own
         if constructor is not None:
             optimizer = constructor(groups, lr=peak_lr, weight_decay=weight_decay, **settings)
         else:
-            if "adam" not in opt:  # eps and betas are Adam's: their defaults must not trouble SGD
-                settings = {}
             optimizer = create_optimizer_v2(groups, opt, lr=peak_lr, weight_decay=weight_decay, momentum=momentum,
                                             **settings, **flavour)
-    except (AssertionError, ValueError, TypeError) as error:
-        raise ValueError(f"--opt {opt}: {str(error).splitlines()[0]}: use one of timm's optimizers") from error
+        if betas is not None and "betas" in accepted and len(betas) != len(accepted["betas"].default):
+            raise ValueError(f"--opt-betas takes {len(accepted['betas'].default)} numbers")
+    except (AssertionError, ValueError, TypeError, IndexError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"--opt {opt}: {reason}: see timm.optim.list_optimizers()") from error
     scheduler, _ = create_scheduler_v2(
         optimizer, sched, num_epochs=epochs, decay_epochs=decay_epochs, cooldown_epochs=cooldown_epochs,
         patience_epochs=patience_epochs, decay_rate=decay_rate, min_lr=min_lr, warmup_lr=warmup_lr,
@@ -85,8 +94,7 @@ def load_state(optimizer, state):
     saved = state["param_groups"]
     if [len(group["params"]) for group in own] != [len(group["params"]) for group in saved]:
         raise ValueError("the checkpoint's optimizer has other parameters: was it another model, or another --weight-decay?")
-    groups = [{**old, **{k: v for k, v in new.items() if k in old and k not in IMPLEMENTATION}}
-              for old, new in zip(own, saved)]
+    groups = [{**old, **{k: v for k, v in new.items() if k not in IMPLEMENTATION}} for old, new in zip(own, saved)]
     known = {"betas"} & set(own[0]), {"betas"} & set(saved[0])
     if known[0] != known[1]:
         raise ValueError("the checkpoint's optimizer is of another kind (--opt)")

@@ -199,7 +199,7 @@ def check(args):
     """Raises ValueError for what cannot work together, before anything is loaded."""
     at_least = dict(batch_size=1, epochs=1, max_step=0, input_size=32, num_workers=0, accum_steps=1, val_interval=1,
                     print_freq=1, start_epoch=0, sched_lag=0, warmup_epochs=0, recount=1, lr=0, weight_decay=0, clip_grad=0,
-                    mixup=0, cutmix=0, distillation_tau=1e-6)
+                    mixup=0, cutmix=0, distillation_tau=1e-6, decay_epochs=1e-6)
     for name, least in at_least.items():
         value = getattr(args, name)
         if not math.isfinite(value) or value < least:
@@ -209,9 +209,12 @@ def check(args):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, and must be between 0 and 1")
     if not 0 <= args.smoothing < 1 or args.drop_path == 1:
         raise ValueError("--smoothing and --drop-path must be less than 1")
-    for name in ("cutmix_minmax", "opt_betas", "crop_scale"):
-        if getattr(args, name) is not None and len(getattr(args, name)) != 2 and name != "opt_betas":
-            raise ValueError(f"--{name.replace('_', '-')} takes two numbers, for example 0.2 0.8")
+    for name in ("cutmix_minmax", "crop_scale"):
+        pair = getattr(args, name)
+        if pair is not None and not (len(pair) == 2 and 0 <= pair[0] <= pair[1] <= 1):
+            raise ValueError(f"--{name.replace('_', '-')} takes two numbers between 0 and 1, the smaller first: 0.2 0.8")
+    if args.sched == "plateau" and args.no_eval:
+        raise ValueError("--sched plateau follows the accuracy: it needs evaluations, not --no-eval")
     if mixes(args) and args.batch_size % 2 and not (args.eval or args.throughout):
         raise ValueError(f"--batch-size {args.batch_size} is odd, and mixup pairs the images of a batch: "
                          "use an even batch, or --mixup 0 --cutmix 0")

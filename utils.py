@@ -15,9 +15,9 @@ WARMUP_STEPS = 5  # steps of an epoch that fps leaves out: compilers, caches and
 class MetricLogger:
     """Follows a loop: yields its batches, and times the windows between two readings of the device.
 
-    A window ends where `window_ends(step)`: at step 0, every print_freq steps and at the last. There the caller waits for
-    the device once and calls `line`. fps is images of all ranks a second since the window began; `fps()` is the epoch's
-    without WARMUP_STEPS. On a terminal a bar replaces the lines. quiet: neither (all ranks but the first).
+    A window ends where `window_ends(step)`: at step 0, every print_freq steps, after the warm-up and at the last. There the
+    caller waits for the device once and calls `line`. fps is images of all ranks a second since the window began; `fps()`
+    is the epoch's without WARMUP_STEPS. On a terminal a bar replaces the lines. quiet: neither (all ranks but the first).
     """
 
     def __init__(self, header, total, images_a_step, print_freq=10, quiet=False, clock=time.perf_counter):
@@ -29,7 +29,7 @@ class MetricLogger:
         self.sums, self.counts = {}, {}
 
     def window_ends(self, step):
-        return step % self.print_freq == 0 or step == self.total - 1
+        return step % self.print_freq == 0 or step in (WARMUP_STEPS - 1, self.total - 1)
 
     def follow(self, batches):
         """Yield (step, batch), at most `total` of them."""
