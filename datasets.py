@@ -4,6 +4,7 @@
     python datasets.py shards FOLDER DIR      # class folders as webdataset tar shards
     python datasets.py index DIR              # count the images of shards once, instead of at every start
 """
+import contextlib
 import glob
 import json
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import webdataset
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
 from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
@@ -42,10 +43,17 @@ def build_transform(is_train, input_size=224, color_jitter=0.4, auto_augment="ra
     native_size: the images already have the input's size (CIFAR at 32): padded random crops, and no resizing.
     """
     if is_train:
-        transform = create_transform(
-            input_size, is_training=True, color_jitter=color_jitter, interpolation=interpolation, re_prob=reprob,
-            auto_augment=None if auto_augment in (None, "", "none") else auto_augment, re_mode=remode, re_count=recount,
-            hflip=hflip, scale=tuple(crop_scale))
+        try:
+            transform = create_transform(
+                input_size, is_training=True, color_jitter=color_jitter, interpolation=interpolation, re_prob=reprob,
+                auto_augment=None if auto_augment in (None, "", "none") else auto_augment, re_mode=remode,
+                re_count=recount, hflip=hflip, scale=tuple(crop_scale))
+        except (AssertionError, ValueError, KeyError) as error:
+            raise ValueError(f"--aa {auto_augment}: timm does not know this policy ({error!r}): "
+                             "rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original, v0 or none") from error
+        for operator in augment_operators(transform):
+            if operator.name.startswith("Posterize"):
+                operator.aug_fn = posterize
         if native_size:
             transform.transforms[0] = transforms.RandomCrop(input_size, padding=4)
         return transform
@@ -53,6 +61,18 @@ def build_transform(is_train, input_size=224, color_jitter=0.4, auto_augment="ra
                                      transforms.CenterCrop(input_size)]
     return transforms.Compose([*resize, transforms.ToTensor(),
                                transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+
+
+def augment_operators(transform):
+    """timm's AugmentOps inside a transform: of RandAugment, AutoAugment or AugMix."""
+    for step in transform.transforms:
+        for operator in [*getattr(step, "ops", ()), *(op for policy in getattr(step, "policy", ()) for op in policy)]:
+            yield operator
+
+
+def posterize(image, bits, **_):
+    """As PIL's before Pillow 13: no bits left is a black image, not an error. The recipe draws it once in 600 images."""
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 class FixedShapeMixup(Mixup):
@@ -104,25 +124,25 @@ def build_dataset(is_train, data_path, data_set="IMNET", transform=None, inat_ca
     if data_set in ("CIFAR", "CIFAR10"):
         kind = datasets.CIFAR100 if data_set == "CIFAR" else datasets.CIFAR10
         try:
-            found = kind(root, train=is_train, transform=transform)
+            found = kind(root, train=is_train)
         except RuntimeError as error:
             raise ValueError(f"--data-path {root}: no intact {kind.base_folder} in it: unpack {kind.filename} "
                              "there") from error
-        return NamedImages(found, [f"{split} image {i} of {kind.base_folder}" for i in range(len(found))]), found.classes
+        return NamedImages(found, [f"{split} image {i} of {kind.base_folder}" for i in range(len(found))], transform), found.classes
     if data_set in ("INAT", "INAT19"):
-        found = INatDataset(root, is_train, 2018 if data_set == "INAT" else 2019, inat_category, transform)
-        return NamedImages(found, [path for path, _ in found.samples]), found.classes
+        found = INatDataset(root, is_train, 2018 if data_set == "INAT" else 2019, inat_category)
+        return NamedImages(found, [path for path, _ in found.samples], transform), found.classes
     if not (root / split).is_dir():
         raise ValueError(f"--data-path {root}: it has no folder {split}/ (expected train/ and val/)")
     if shards := sorted(glob.glob(f"{glob.escape(str(root / split))}/*.tar")):
         found = ShardedImages(shards, transform, is_train, seed)
         return found, found.classes
     try:
-        found = datasets.ImageFolder(root / split, transform)
+        found = datasets.ImageFolder(root / split)
     except FileNotFoundError as error:
         raise ValueError(f"--data-path {root}: {str(error).splitlines()[0].rstrip('.')}: every class is a folder in {split}/ with "
                          "at least one image") from error
-    return NamedImages(found, [path for path, _ in found.samples]), found.classes
+    return NamedImages(found, [path for path, _ in found.samples], transform), found.classes
 
 
 def build_datasets(data_path, data_set, train_transform, val_transform, inat_category="name", seed=0, with_train=True):
@@ -140,20 +160,21 @@ def build_datasets(data_path, data_set, train_transform, val_transform, inat_cat
 
 
 class NamedImages(Dataset):
-    """Adds to each (image, class) its index, by which `name` says what it was; an unreadable image says its path."""
+    """(transformed image, class, index): by the index `name` says what it was; an unreadable image says its path."""
 
-    def __init__(self, dataset, names):
-        self.dataset, self.names = dataset, names
+    def __init__(self, dataset, names, transform=None):
+        self.dataset, self.names, self.transform = dataset, names, transform
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, index):
         try:
-            return *self.dataset[index], index
+            image, target = self.dataset[index]
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UnreadableImage(f"cannot read the image {self.name(index)} ({str(error).splitlines()[0]}): "
                                   "replace it or remove it") from error
+        return self.transform(image) if self.transform else image, target, index
 
     def name(self, index):
         return self.names[int(index)]
@@ -165,7 +186,7 @@ class INatDataset(Dataset):
     Classes are numbered as upstream numbers them: by their first annotation in the training file.
     """
 
-    def __init__(self, root, is_train, year, category, transform):
+    def __init__(self, root, is_train, year, category):
         def read(name):
             try:
                 return json.loads((root / name).read_text())
@@ -181,7 +202,6 @@ class INatDataset(Dataset):
         species = {a["image_id"]: int(a["category_id"]) for a in part["annotations"]}
         self.samples = [(self.find(root, image["file_name"]), number[levels[species[image["id"]]]])
                         for image in part["images"]]
-        self.transform = transform
 
     @staticmethod
     def find(root, file_name):
@@ -196,8 +216,7 @@ class INatDataset(Dataset):
 
     def __getitem__(self, index):
         path, target = self.samples[index]
-        image = Image.open(path).convert("RGB")
-        return self.transform(image) if self.transform else image, target
+        return Image.open(path).convert("RGB"), target
 
 
 # ---- tar shards ----
@@ -245,15 +264,15 @@ class ShardedImages(IterableDataset):
         name = f"{sample['__url__']}/{sample['__key__']}"
         try:
             data = next(sample[kind] for kind in ("jpg", "jpeg", "png", "webp") if kind in sample)
-            image = Image.open(BytesIO(data)).convert("RGB")
-            return self.transform(image), int(sample["cls"]), name
+            image, target = Image.open(BytesIO(data)).convert("RGB"), int(sample["cls"])
         except (StopIteration, OSError, KeyError, ValueError, SyntaxError) as error:
             raise UnreadableImage(f"cannot read the image {name} ({error}): replace it or remove it") from error
+        return self.transform(image) if self.transform else image, target, name
 
     def __iter__(self):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        part, parts = self.rank * workers + worker, self.ranks * workers
+        part, parts = worker * self.ranks + self.rank, self.ranks * workers
         if not self.is_train:
             yield from map(self.decode, self.read(self.shards, part, parts))
             return
@@ -292,10 +311,10 @@ def read_index(folder, shards):
     """Class names and the number of images of each shard: from index.json in the folder, or by reading the shards."""
     try:
         index = json.loads((folder / "index.json").read_text())
-        classes, counts = index["classes"], index["shards"]
+        classes, counts = list(index["classes"]), dict(index["shards"])
     except FileNotFoundError:
         classes, counts = scan_shards(shards)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"cannot read {folder / 'index.json'} ({error!r}): python datasets.py index {folder.parent}") from error
     unknown = {Path(shard).name for shard in shards} ^ set(counts)
     if unknown:
@@ -307,9 +326,14 @@ def read_index(folder, shards):
 
 
 def write_index(folder, classes=None):
-    """index.json for the shards of one split."""
+    """index.json for the shards of one split. An older index's class names are kept, where they are enough."""
     found, counts = scan_shards(sorted(map(str, folder.glob("*.tar"))))
-    (folder / "index.json").write_text(json.dumps({"classes": classes or found, "shards": counts}, indent=1) + "\n")
+    path = folder / "index.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        classes = classes or list(json.loads(path.read_text())["classes"])
+    if not classes or len(classes) < len(found):
+        classes = found
+    path.write_text(json.dumps({"classes": classes, "shards": counts}, indent=1) + "\n")
 
 
 def write_shards(source, target, maxcount=5000):

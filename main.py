@@ -169,14 +169,14 @@ def main(args):
         lr_noise=args.lr_noise, lr_noise_pct=args.lr_noise_pct, lr_noise_std=args.lr_noise_std, seed=args.seed)
     net, optimizer = precision.initialize(net, optimizer)
     model_ema = ModelEmaV3(net, decay=args.model_ema_decay) if args.model_ema else None
-    start_epoch, best, accuracy = args.start_epoch, 0.0, None
+    start_epoch, best, accuracy = args.start_epoch, -1.0, None
     if saved:
         optim.load_state(optimizer, saved["optimizer"])
         schedule.load_state_dict(saved.get("schedule", {}))
         precision.load_state_dict(saved.get("scaler") or saved.get("amp") or {})
         if model_ema is not None and saved.get("model_ema"):
             checkpoint.load_weights(model_ema.module, checkpoint.model_state(saved, "the moving average", ema=True), "the moving average")
-        start_epoch, best, accuracy = saved["epoch"] + 1, saved.get("best_accuracy", 0.0), saved.get("last_accuracy")
+        start_epoch, best, accuracy = saved["epoch"] + 1, saved.get("best_accuracy", -1.0), saved.get("last_accuracy")
     model = torch.compile(net) if args.compile else net
     if ranks.world_size > 1:
         model = devices.parallel(model, device, devices.is_flat(optimizer))
@@ -207,8 +207,12 @@ def main(args):
                 accum_steps=args.accum_steps, max_steps=steps_left, print_freq=args.print_freq, ranks=ranks.world_size,
                 quiet=not ranks.is_main, memory=partial(devices.max_memory, device))
         except engine.NonFiniteLoss as error:
-            files = ", ".join(str(train_loader.dataset.name(name)) for name in error.names)
-            raise engine.NonFiniteLoss(epoch, error.step, files) from error
+            names = [str(train_loader.dataset.name(name)) for name in error.names]
+            if ranks.world_size > 1:  # every rank is here: the first one says them all
+                gathered = [None] * ranks.world_size
+                dist.all_gather_object(gathered, names)
+                names = [name for part in gathered for name in part]
+            raise engine.NonFiniteLoss(epoch, error.step, names) from error
         steps_left -= stats["steps"] if args.max_step else 0
         last = epoch + 1 == args.epochs or (args.max_step and steps_left <= 0)
 
@@ -235,7 +239,7 @@ def main(args):
             utils.append_json(folder / "log.txt", {
                 "train_lr": stats["lr"], "train_loss": stats["loss"], "test_loss": tests.get("test_loss"),
                 "test_acc1": tests.get("test_acc1"), "test_acc5": tests.get("test_acc5"), "epoch": epoch,
-                "n_parameters": sum(p.numel() for p in net.parameters() if p.requires_grad), **tests, "max_acc1": best,
+                "n_parameters": sum(p.numel() for p in net.parameters() if p.requires_grad), **tests, "max_acc1": max(best, 0.0),
                 "fps": stats["fps"], "steps": stats["steps"], "world_size": ranks.world_size,
                 "global_batch": args.batch_size * ranks.world_size * args.accum_steps,
                 "epoch_seconds": time.perf_counter() - epoch_started})
@@ -245,12 +249,14 @@ def main(args):
 
 
 def complain(error, training):
-    """Say what went wrong: one line for what a user can mend, the traceback for the rest. -> exit status"""
+    """Say what went wrong: one line for what a user can mend, the traceback for the rest. -> exit status
+
+    training: another rank may not know of it, so that this one must speak.
+    """
     error = devices.explain(error)
     text = str(error).strip()
     if isinstance(error, engine.NonFiniteLoss):
-        status, text = 3, (f"{text}: lower --lr, or look at the images of that batch: "
-                           f"{error.names or '(another rank names them)'}")
+        status, text, training = 3, f"{text}: lower --lr, or look at the images of that batch: {', '.join(error.names)}", False
     elif isinstance(error, datasets.UnreadableImage):  # from a loader's worker it comes with that worker's traceback
         status, text = 2, text.splitlines()[-1].partition("UnreadableImage: ")[2] or text
     elif isinstance(error, devices.DeviceError):
@@ -262,7 +268,7 @@ def complain(error, training):
         return 1
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank and not training:
-        time.sleep(10)  # every rank found the same: let the first one say it, and torchrun end the others
+        time.sleep(10)  # every rank knows the same: let the first one say it, and torchrun end the others
     print(f"error: {text}" if not local_rank else f"error (rank {os.environ.get('RANK')}): {text}", file=sys.stderr, flush=True)
     return status
 

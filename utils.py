@@ -1,6 +1,7 @@
 """What do people read while it runs? Log lines, the fps they show, a progress bar, and the JSON log."""
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -24,7 +25,7 @@ class MetricLogger:
         self.header, self.total, self.images, self.print_freq = header, total, images_a_step, max(1, print_freq)
         self.quiet, self.clock = quiet, clock
         self.bar = None
-        if not quiet and sys.stdout.isatty():
+        if not quiet and sys.stdout.isatty() and shutil.get_terminal_size((0, 0)).columns:
             self.bar = tqdm(total=total, desc=header, unit="it", dynamic_ncols=True, file=sys.stdout)
         self.sums, self.counts = {}, {}
 
