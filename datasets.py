@@ -66,8 +66,8 @@ def build_transform(is_train, input_size=224, color_jitter=0.4, auto_augment="ra
 def augment_operators(transform):
     """timm's AugmentOps inside a transform: of RandAugment, AutoAugment or AugMix."""
     for step in transform.transforms:
-        for operator in [*getattr(step, "ops", ()), *(op for policy in getattr(step, "policy", ()) for op in policy)]:
-            yield operator
+        yield from getattr(step, "ops", ())
+        yield from (operator for policy in getattr(step, "policy", ()) for operator in policy)
 
 
 def posterize(image, bits, **_):
@@ -377,10 +377,12 @@ def seed_worker(_):
     random.seed(seed)
 
 
-def build_loader(dataset, is_train, batch_size, workers, rank=0, ranks=1, seed=0, repeated_aug=False, pin_memory=False):
+def build_loader(dataset, is_train, batch_size, workers, rank=0, ranks=1, seed=0, repeated_aug=False, pin_memory=False,
+                 start_method=None):
     """Batches of (images, classes, names) for this rank. Training drops the ragged last batch; evaluation pads nothing.
 
     Raises ValueError for a batch that is larger than this rank's share. Iterate it once an epoch, after set_epoch.
+    start_method: how workers start, where the system's own way will not do.
     """
     if isinstance(dataset, ShardedImages):
         if repeated_aug:
@@ -398,6 +400,7 @@ def build_loader(dataset, is_train, batch_size, workers, rank=0, ranks=1, seed=0
                          "ranks: use a smaller --batch-size")
     return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=workers, pin_memory=pin_memory,
                       drop_last=is_train, persistent_workers=workers > 0, worker_init_fn=seed_worker,
+                      multiprocessing_context=start_method if workers else None,
                       generator=torch.Generator().manual_seed(seed * 1000 + rank))
 
 

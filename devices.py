@@ -5,6 +5,7 @@ NPU is visible. What is said of Ascend here comes from torch_npu's sources and C
 """
 import contextlib
 import inspect
+import multiprocessing
 import os
 import random
 import resource
@@ -193,6 +194,15 @@ def describe(device):
 
 def pins_memory(device):
     return device.type != "cpu"
+
+
+def worker_start_method(device):
+    """How loader workers start. A process that has touched an NPU must not fork: a server without torch_npu does it."""
+    if device.type != "npu":
+        return None
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # read by `import torch` in the server; here it is past
+    multiprocessing.set_forkserver_preload(["datasets"])  # or each worker would import torch for itself
+    return "forkserver"
 
 
 def parallel(model, device, flat_gradients=False):

@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent
 MARK = "doctor> "  # before a line of a child's that is a check
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 PARAMETERS = 24_060_776  # of alt_gvt_small
-CPU_TORCH = "pip install torch=={}+cpu --index-url https://download.pytorch.org/whl/cpu"
+CPU_TORCH = "install the CPU-only build of torch {}, from PyTorch's CPU index"
 # CANN that torch_npu's releases were published for (its version table): torch's version, {from .postN on: CANN}
 CANN_PAIRS = {"2.7.1": {0: "8.3", 2: "8.5", 4: "9.0", 8: "9.1"}, "2.8.0": {0: "8.3", 2: "8.5", 4: "9.0"},
               "2.9.0": {0: "8.5", 2: "9.0", 6: "9.1"}, "2.10.0": {0: "9.0", 4: "9.1"}, "2.11.0": {0: "9.1"}, "2.12.0": {0: "9.1"}}

@@ -79,7 +79,8 @@ def build_data(args, ranks):
         args.data_path, args.data_set, train_transform, transform(is_train=False), args.inat_category, args.seed,
         with_train=not (args.eval or args.throughout))
     loader = partial(datasets.build_loader, batch_size=args.batch_size, workers=args.num_workers,
-                     seed=args.seed, pin_memory=args.pin_mem and devices.pins_memory(ranks.device))
+                     seed=args.seed, pin_memory=args.pin_mem and devices.pins_memory(ranks.device),
+                     start_method=devices.worker_start_method(ranks.device))
     train_loader = train and loader(train, True, rank=ranks.rank, ranks=ranks.world_size, repeated_aug=args.repeated_aug)
     shared = dict(rank=ranks.rank, ranks=ranks.world_size) if args.dist_eval else {}
     return train_loader, loader(val, False, **shared), classes
