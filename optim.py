@@ -58,13 +58,13 @@ def build(model, device, *, lr, global_batch, epochs, opt="adamw", weight_decay=
             raise ValueError(f"it has no {unknown[0]} (--opt-{unknown[0]})")
         if "eps" in settings and not ("eps" in accepted and isinstance(accepted["eps"].default, float)):
             settings.pop("eps")  # the option's default is Adam's; adafactor's two and sgd's none are their own
+        if "betas" in settings and len(betas) != len(accepted["betas"].default):
+            raise ValueError(f"--opt-betas takes {len(accepted['betas'].default)} numbers")
         if constructor is not None:
             optimizer = constructor(groups, lr=peak_lr, weight_decay=weight_decay, **settings)
         else:
             optimizer = create_optimizer_v2(groups, opt, lr=peak_lr, weight_decay=weight_decay, momentum=momentum,
                                             **settings, **flavour)
-        if betas is not None and "betas" in accepted and len(betas) != len(accepted["betas"].default):
-            raise ValueError(f"--opt-betas takes {len(accepted['betas'].default)} numbers")
     except (AssertionError, ValueError, TypeError, IndexError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"--opt {opt}: {reason}: see timm.optim.list_optimizers()") from error

@@ -1,0 +1,684 @@
+"""Images and labels: every data set kind on files made here, transforms, mixing and loaders."""
+import hashlib
+import json
+import os
+import pickle
+import random
+import runpy
+import shutil
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_image
+from timm.data import Mixup, create_transform
+from timm.data.auto_augment import RandAugment
+from timm.data.random_erasing import RandomErasing
+from torch.utils.data import Dataset, get_worker_info
+from torchvision import datasets as tv
+from torchvision import transforms
+
+import datasets
+
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+CLASSES = ["flower", "leaves", "temple"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def photograph(width=90, height=70, x=300, y=150):
+    return Image.fromarray(load_sample_image("china.jpg")[y:y + height, x:x + width])
+
+
+def class_folders(root, classes, counts=(2, 1), image=None):
+    for split, count in zip(("train", "val"), counts):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                (image or photograph(40, 36, x=40 * i)).save(root / split / name / f"{i}.png")
+    return root
+
+
+def plain(image):
+    """An image as a tensor, nothing more."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def small_transform(is_train=False, **settings):
+    return datasets.build_transform(is_train, input_size=32, **settings)
+
+
+# ---- transforms ----
+
+def by_hand(image, size, resize):
+    """Shorter side to `resize`, bicubic; the middle; scaled and normalised."""
+    short = min(image.size)
+    width, height = (resize if side == short else int(resize * side / short) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    pixels = np.array(image.crop((left, top, left + size, top + size))).astype(np.float64) / 255
+    return torch.from_numpy(((pixels - MEAN) / STD).transpose(2, 0, 1)).float()
+
+
+@pytest.mark.parametrize("size, resize", [(224, 256), (64, 73), (192, 219), (32, 36)])
+@pytest.mark.parametrize("width, height", [(90, 70), (70, 91), (300, 200), (64, 64)])
+def test_validation_resizes_crops_and_normalises(size, resize, width, height):
+    image = photograph(width, height)
+    torch.testing.assert_close(datasets.build_transform(False, size)(image), by_hand(image, size, resize), rtol=1e-5, atol=1e-5)
+
+
+def test_native_size_is_only_normalised():
+    image = photograph(32, 32)
+    expected = torch.from_numpy(((np.array(image) / 255.0 - MEAN) / STD).transpose(2, 0, 1)).float()
+    torch.testing.assert_close(small_transform(native_size=True)(image), expected, rtol=1e-5, atol=1e-5)
+
+
+def draw(transform, seed):
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    return transform(photograph())
+
+
+@pytest.mark.parametrize("ours, theirs", [
+    ({}, {}),
+    (dict(auto_augment="none", color_jitter=0.3), dict(auto_augment=None, color_jitter=0.3)),
+    (dict(interpolation="random", reprob=1.0, remode="const", recount=3),
+     dict(interpolation="random", re_prob=1.0, re_mode="const", re_count=3)),
+    (dict(hflip=1.0, crop_scale=(0.5, 0.6), reprob=0.0), dict(hflip=1.0, scale=(0.5, 0.6), re_prob=0.0)),
+])
+def test_training_is_timms_as_deit_calls_it(ours, theirs):
+    deit = dict(is_training=True, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic", re_prob=0.25,
+                re_mode="pixel", re_count=1)
+    a, b = datasets.build_transform(True, 64, **ours), create_transform(64, **{**deit, **theirs})
+    found = [draw(a, seed) for seed in range(6)]
+    assert all(torch.equal(x, draw(b, seed)) for seed, x in enumerate(found))
+    assert found[0].shape == (3, 64, 64)
+    assert not torch.equal(found[0], found[1])
+
+
+def test_what_training_is_made_of():
+    def kinds(**settings):
+        return [type(step) for step in small_transform(True, **settings).transforms]
+    assert RandAugment in kinds() and RandomErasing in kinds() and transforms.ColorJitter not in kinds()
+    assert RandAugment not in kinds(auto_augment="none") and transforms.ColorJitter in kinds(auto_augment="none")
+    assert RandomErasing not in kinds(reprob=0.0)
+    crop = small_transform(True, native_size=True).transforms[0]
+    assert (type(crop), crop.size, crop.padding) == (transforms.RandomCrop, (32, 32), 4)
+
+
+def test_unknown_augmentation_is_one_line():
+    with pytest.raises(ValueError, match="--aa nonsense"):
+        small_transform(True, auto_augment="nonsense")
+
+
+# ---- mixup and cutmix ----
+
+MIXES = {"both": {}, "mixup": dict(cutmix_alpha=0.0), "cutmix": dict(mixup_alpha=0.0), "minmax": dict(cutmix_minmax=(0.2, 0.8)),
+         "only minmax": dict(mixup_alpha=0.0, cutmix_alpha=0.0, cutmix_minmax=(0.3, 0.9)), "seldom": dict(prob=0.4),
+         "smooth": dict(label_smoothing=0.3), "sharp": dict(label_smoothing=0.0), "switch": dict(switch_prob=0.9)}
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("mix", MIXES)
+def test_mixing_is_timms(mix, mode):
+    """The same numpy seed, the same images and targets; 40 batches, not square."""
+    settings = dict(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=5, mode=mode) | MIXES[mix]
+    ours, theirs = datasets.FixedShapeMixup(**settings), Mixup(**settings)
+    generator, changed = torch.Generator().manual_seed(0), 0
+    for seed in range(40):
+        images = torch.randn(6, 3, 20, 28, generator=generator)
+        classes = torch.randint(5, (6,), generator=generator)
+        np.random.seed(seed)
+        expected, probabilities = theirs(images.clone(), classes)
+        np.random.seed(seed)
+        mixed, found = ours(images.clone(), classes)
+        torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, probabilities.float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.sum(1), torch.ones(6), rtol=1e-5, atol=0)
+        changed += not torch.equal(mixed, images)
+    assert changed > 30 if mix != "seldom" else changed > 5
+
+
+def test_mixing_needs_pairs():
+    with pytest.raises(AssertionError, match="must be even"):
+        datasets.FixedShapeMixup(num_classes=5)(torch.zeros(3, 3, 8, 8), torch.zeros(3, dtype=torch.long))
+
+
+# ---- class folders ----
+
+def test_class_folders(tiny_folder):
+    train, val, classes = datasets.build_datasets(tiny_folder, "IMNET", small_transform(True), small_transform())
+    assert classes == CLASSES
+    assert (len(train), len(val)) == (24, 11)
+    image, label, index = val[10]
+    path = Path(val.name(index))
+    assert (path.parent.name, label, image.shape) == ("temple", 2, (3, 32, 32))
+    with Image.open(path) as opened:
+        assert torch.equal(image, small_transform()(opened.convert("RGB")))
+
+
+def test_evaluation_needs_no_training_images(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder / "val", tmp_path / "val")
+    train, val, classes = datasets.build_datasets(tmp_path, "IMNET", None, small_transform(), with_train=False)
+    assert (train, len(val), classes) == (None, 11, CLASSES)
+
+
+@pytest.mark.parametrize("count", [1, 13])
+def test_any_number_of_classes(tmp_path, count):
+    names = [f"n{i:02d}" for i in range(count)]
+    class_folders(tmp_path, names[::-1])
+    train, _, classes = datasets.build_datasets(tmp_path, "IMNET", plain, plain)
+    assert classes == names
+    assert [train[i][1] for i in range(len(train))] == [i // 2 for i in range(2 * count)]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
+def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
+    image = photograph(40, 36).convert(mode)
+    name = tmp_path / f"image.{'tif' if mode == 'CMYK' else 'png'}"
+    image.save(name)
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "a").mkdir(parents=True)
+        shutil.copy(name, tmp_path / "data" / split / "a")
+    _, val, _ = datasets.build_datasets(tmp_path / "data", "IMNET", plain, plain)
+    assert torch.equal(val[0][0], plain(image.convert("RGB")))
+
+
+def refusal(root, data_set="IMNET", **settings):
+    with pytest.raises(ValueError) as caught:
+        datasets.build_datasets(root, data_set, plain, plain, **settings)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.startswith(f"--data-path {root}: ")
+    return text
+
+
+def test_other_classes_in_val_are_named(tmp_path):
+    class_folders(tmp_path, ["cat", "dog", "eel"])
+    shutil.move(tmp_path / "val" / "dog", tmp_path / "val" / "wolf")
+    text = refusal(tmp_path)
+    assert "only in train ['dog'], only in val ['wolf']" in text
+
+
+def test_fewer_classes_in_val_are_named(tmp_path):
+    class_folders(tmp_path, ["cat", "dog", "eel"])
+    shutil.rmtree(tmp_path / "val" / "eel")
+    assert "train/ has 3 classes and val/ 2, and they differ: only in train ['eel'], only in val []" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_empty_class_folder_is_named(tmp_path, split):
+    class_folders(tmp_path, ["cat", "dog"])
+    (tmp_path / split / "dog" / "readme.txt").write_text("no image")
+    for image in (tmp_path / split / "dog").glob("*.png"):
+        image.unlink()
+    text = refusal(tmp_path)
+    assert "dog" in text and "cat" not in text and f"a folder in {split}/" in text
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_missing_split_is_named(tmp_path, split):
+    class_folders(tmp_path, ["cat", "dog"])
+    shutil.rmtree(tmp_path / split)
+    assert f"it has no folder {split}/ (expected train/ and val/)" in refusal(tmp_path)
+
+
+def test_a_split_without_classes(tmp_path):
+    class_folders(tmp_path, ["cat"])
+    shutil.rmtree(tmp_path / "train" / "cat")
+    assert "train/" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("data_set", ["IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19"])
+def test_a_missing_path(tmp_path, data_set):
+    assert "no such folder" in refusal(tmp_path / "nowhere", data_set)
+
+
+def bad_images(good):
+    data = good.read_bytes()
+    return {"empty": b"", "text": b"this is no image", "cut off": data[: len(data) // 2], "header only": data[:20],
+            "damaged": data[:60] + bytes(40) + data[100:]}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("what", ["empty", "text", "cut off", "header only", "damaged"])
+def test_an_unreadable_image_says_its_path(tmp_path, what, workers):
+    root = class_folders(tmp_path, ["cat", "dog"])
+    bad = root / "val" / "dog" / "0.png"
+    bad.write_bytes(bad_images(bad)[what])
+    _, val, _ = datasets.build_datasets(root, "IMNET", small_transform(), small_transform())
+    loader = datasets.build_loader(val, False, 4, workers)
+    with pytest.raises(datasets.UnreadableImage, match=f"cannot read the image {bad} .*: replace it or remove it"):
+        list(loader)
+
+
+# ---- CIFAR ----
+
+def write_cifar(folder, kind, monkeypatch, names):
+    """Files in torchvision's format, and their sums in place of the real ones. -> {is_train: (pixels, labels)}"""
+    rng, made = np.random.default_rng(0), {}
+    (folder / kind.base_folder).mkdir(parents=True)
+
+    def write(name, content):
+        data = pickle.dumps(content)
+        (folder / kind.base_folder / name).write_bytes(data)
+        return hashlib.md5(data).hexdigest()
+    for is_train, place in ((True, "train_list"), (False, "test_list")):
+        sums, parts = [], []
+        for name, _ in getattr(kind, place):
+            pixels, labels = rng.integers(0, 256, (5, 3, 32, 32), dtype=np.uint8), rng.integers(0, len(names), 5).tolist()
+            key = "fine_labels" if kind is tv.CIFAR100 else "labels"
+            sums.append([name, write(name, {"data": pixels.reshape(5, -1), key: labels})])
+            parts.append((pixels, labels))
+        monkeypatch.setattr(kind, place, sums)
+        made[is_train] = np.concatenate([p for p, _ in parts]), [label for _, part in parts for label in part]
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": write(kind.meta["filename"], {kind.meta["key"]: names})})
+    return made
+
+
+@pytest.mark.parametrize("data_set, kind, count", [("CIFAR", tv.CIFAR100, 100), ("CIFAR10", tv.CIFAR10, 10)])
+def test_cifar(tmp_path, monkeypatch, data_set, kind, count):
+    names = [f"thing {i}" for i in range(count)]
+    made = write_cifar(tmp_path, kind, monkeypatch, names)
+    train, val, classes = datasets.build_datasets(tmp_path, data_set, plain, plain)
+    assert classes == names
+    assert (len(train), len(val)) == (5 * len(kind.train_list), 5)
+    for found, (pixels, labels) in ((train, made[True]), (val, made[False])):
+        for i in range(len(found)):
+            image, label, index = found[i]
+            assert np.array_equal(image.numpy(), pixels[i])
+            assert (label, index) == (labels[i], i)
+    assert val.name(3) == f"val image 3 of {kind.base_folder}"
+
+
+@pytest.mark.parametrize("data_set, file", [("CIFAR", "cifar-100-python"), ("CIFAR10", "cifar-10-batches-py")])
+def test_cifar_that_is_not_there_or_not_intact(tmp_path, monkeypatch, data_set, file):
+    assert f"no intact {file} in it: unpack {file.replace('batches-py', 'python')}.tar.gz there" in refusal(tmp_path, data_set)
+    kind = tv.CIFAR100 if data_set == "CIFAR" else tv.CIFAR10
+    write_cifar(tmp_path, kind, monkeypatch, ["a"])
+    datasets.build_datasets(tmp_path, data_set, plain, plain)
+    with open(tmp_path / file / kind.test_list[0][0], "ab") as test:
+        test.write(b"x")
+    assert f"no intact {file}" in refusal(tmp_path, data_set)
+
+
+# ---- iNaturalist ----
+
+LEVELS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+
+
+def write_inat(root, year, with_super=True):
+    """Six species in a tree, images of them in an order of their own. -> categories, {is_train: [(species, path, pixels)]}"""
+    categories = [{"id": i, "name": f"species {i}", "genus": f"genus {i // 2}", "family": f"family {i // 3}", "order": f"order {i // 4}",
+                   "class": f"class {i // 5}", "phylum": "chordates" if i < 5 else "plants", "kingdom": "all",
+                   "supercategory": "Birds" if i < 4 else "Trees"} for i in range(6)]
+    (root / "categories.json").write_text(json.dumps(categories))
+    made, number = {}, 0
+    for split, order in (("train", [4, 1, 0, 5, 3, 2, 4, 0]), ("val", [2, 5, 0, 1, 3, 4])):
+        images, annotations, made[split == "train"] = [], [], []
+        for species in order:
+            number += 1
+            parts = [f"train_val{year}", categories[species]["supercategory"], str(species), f"{number:03d}.jpg"]
+            path = root.joinpath(*parts if with_super else (parts[0], *parts[2:]))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photograph(34, 34, x=10 * number).save(path)
+            images.append({"id": 900 - number, "file_name": "/".join(parts)})
+            annotations.append({"id": number, "image_id": 900 - number, "category_id": species})
+            made[split == "train"].append((species, path))
+        if split == "val":
+            annotations.reverse()  # nothing says that annotations have the images' order
+        (root / f"{split}{year}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return categories, made
+
+
+@pytest.mark.parametrize("category", LEVELS)
+@pytest.mark.parametrize("data_set, year, with_super", [("INAT", 2018, True), ("INAT", 2018, False), ("INAT19", 2019, True)])
+def test_inaturalist(tmp_path, data_set, year, with_super, category):
+    """Classes in the order of the training annotations, as upstream numbers them; with and without the super-category's folder."""
+    categories, made = write_inat(tmp_path, year, with_super)
+    train, val, classes = datasets.build_datasets(tmp_path, data_set, plain, plain, category)
+    expected = []
+    for species, _ in made[True]:
+        if categories[species][category] not in expected:
+            expected.append(categories[species][category])
+    assert classes == expected
+    for found, wanted in ((train, made[True]), (val, made[False])):
+        assert len(found) == len(wanted)
+        for i, (species, path) in enumerate(wanted):
+            image, label, index = found[i]
+            assert classes[label] == categories[species][category]
+            assert found.name(index) == str(path)
+            with Image.open(path) as opened:
+                assert torch.equal(image, plain(opened))
+
+
+@pytest.mark.parametrize("name", ["categories.json", "train2018.json", "val2018.json"])
+@pytest.mark.parametrize("damage", ["missing", "no JSON"])
+def test_inaturalist_without_a_file(tmp_path, name, damage):
+    write_inat(tmp_path, 2018)
+    (tmp_path / name).unlink()
+    if damage == "no JSON":
+        (tmp_path / name).write_text("{")
+    assert f"cannot read {name}" in refusal(tmp_path, "INAT")
+
+
+def test_inaturalist_image_that_is_missing(tmp_path):
+    _, made = write_inat(tmp_path, 2018)
+    made[False][2][1].unlink()
+    _, val, _ = datasets.build_datasets(tmp_path, "INAT", plain, plain)
+    with pytest.raises(datasets.UnreadableImage, match=f"cannot read the image {made[False][2][1]} "):
+        val[2]
+
+
+# ---- tar shards ----
+
+@pytest.fixture(scope="module")
+def shards(tiny_folder, tmp_path_factory):
+    """tiny_folder as 6 shards of 4 for training, and 3 of 4, 4 and 3 for validation; read it only."""
+    root = tmp_path_factory.mktemp("shards of 100% real") / "tiny"
+    datasets.write_shards(tiny_folder, root, maxcount=4)
+    return root
+
+
+@pytest.fixture(scope="module")
+def one_shard(tiny_folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("one") / "tiny"
+    datasets.write_shards(tiny_folder, root)
+    return root
+
+
+def loader_of(root, is_train, batch_size, workers, rank=0, ranks=1, seed=0):
+    found, _ = datasets.build_dataset(is_train, root, "IMNET", small_transform(), seed=seed)
+    return datasets.build_loader(found, is_train, batch_size, workers, rank, ranks, seed)
+
+
+def names(loader, epoch=0):
+    datasets.set_epoch(loader, epoch)
+    return [list(batch[2]) for batch in loader]
+
+
+def flat(batches):
+    return [name for batch in batches for name in batch]
+
+
+def test_shards_hold_the_folders_images(shards, tiny_folder):
+    """Names and numbers of classes, counts, labels and pixels."""
+    train, val, classes = datasets.build_datasets(shards, "IMNET", plain, plain)
+    assert classes == CLASSES
+    assert (len(train), len(val)) == (24, 11)
+    assert json.loads((shards / "val" / "index.json").read_text()) == {
+        "classes": CLASSES, "shards": {"000000.tar": 4, "000001.tar": 4, "000002.tar": 3}}
+    folder = tv.ImageFolder(tiny_folder / "val", plain)
+    for image, label, name in val:
+        expected, number = folder[int(Path(name).name)]
+        assert torch.equal(image, expected)
+        assert label == number
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("place", ["shards", "one_shard"])
+def test_evaluation_reads_each_shards_image_once(request, place, ranks, workers):
+    root = request.getfixturevalue(place)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a wrong length warns
+        seen = Counter(name for rank in range(ranks) for name in flat(names(loader_of(root, False, 2, workers, rank, ranks))))
+    assert len(seen) == 11
+    assert set(seen.values()) == {1}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("place", ["shards", "one_shard"])
+def test_training_on_shards_is_even(request, place, ranks, workers):
+    """Every rank gets as many full batches, also where one shard is all there is; each epoch, and what the loader says."""
+    root = request.getfixturevalue(place)
+    for rank in range(ranks):
+        loader = loader_of(root, True, 4, workers, rank, ranks)
+        assert len(loader) == 24 // ranks // 4
+        for epoch in range(2):
+            assert [len(batch) for batch in names(loader, epoch)] == [4] * (24 // ranks // 4)
+
+
+def test_training_on_shards_shows_each_image_once_an_epoch(shards):
+    """On one rank, and on two whose shards hold their shares."""
+    for ranks in (1, 2):
+        for epoch in range(3):
+            seen = Counter(name for rank in range(ranks) for name in flat(names(loader_of(shards, True, 4, 0, rank, ranks), epoch)))
+            assert len(seen) == 24 and set(seen.values()) == {1}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_order_of_shards_follows_seed_and_epoch(shards, workers):
+    """Persistent workers see the new epoch."""
+    loader = loader_of(shards, True, 4, workers, seed=5)
+    first, second = names(loader, 0), names(loader, 1)
+    assert first != second
+    again = loader_of(shards, True, 4, workers, seed=5)
+    assert [names(again, 0), names(again, 1)] == [first, second]
+    assert names(loader_of(shards, True, 4, workers, seed=5), 1) == second, "a resumed run has the epoch's order"
+    assert names(loader_of(shards, True, 4, workers, seed=6), 0) != first
+
+
+def test_shards_without_an_index_are_counted(shards, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for shard in (shards / split).glob("*.tar"):
+            shutil.copy(shard, tmp_path / split)
+    train, val, classes = datasets.build_datasets(tmp_path, "IMNET", plain, plain)
+    assert (len(train), len(val), classes) == (24, 11, ["0", "1", "2"])
+
+
+def test_a_stale_index_is_refused(shards, tmp_path):
+    root = shutil.copytree(shards, tmp_path / "data")
+    (root / "val" / "000001.tar").rename(root / "val" / "000009.tar")
+    with pytest.raises(ValueError, match=r"index.json does not fit the shards beside it \(00000[19].tar\): python datasets.py index "):
+        datasets.build_dataset(False, root)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"classes": ["a"], "shards": 3}'])
+def test_an_index_that_is_none(shards, tmp_path, text):
+    root = shutil.copytree(shards, tmp_path / "data")
+    (root / "val" / "index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"cannot read .*index\.json .*: python datasets.py index "):
+        datasets.build_dataset(False, root)
+
+
+def test_damaged_shards(shards, tmp_path):
+    """A shard that is no tar, when it is counted; an image that is none, when it is met, with shard and name."""
+    root = shutil.copytree(shards, tmp_path / "data")
+    (root / "val" / "index.json").unlink()
+    (root / "val" / "000000.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(ValueError, match=r"cannot read the shard .*000000\.tar"):
+        datasets.build_dataset(False, root)
+    folder = class_folders(tmp_path / "folder", ["cat"])
+    (folder / "val" / "cat" / "0.png").write_bytes(b"no image")
+    datasets.write_shards(folder, tmp_path / "bad")
+    for workers in (0, 1):
+        with pytest.raises(datasets.UnreadableImage, match=r"cannot read the image .*000000\.tar/00000000 "):
+            names(loader_of(tmp_path / "bad", False, 1, workers))
+
+
+def test_shards_cannot_repeat_augmentation(shards):
+    found, _ = datasets.build_dataset(True, shards)
+    with pytest.raises(ValueError, match="--repeated-aug"):
+        datasets.build_loader(found, True, 4, 0, repeated_aug=True)
+
+
+def test_a_batch_larger_than_a_ranks_shards(shards):
+    with pytest.raises(ValueError, match="24 images, too few for one batch of 16 on each of 2 ranks"):
+        loader_of(shards, True, 16, 0, 0, 2)
+
+
+# ---- digits ----
+
+def test_digits(digits_folder):
+    """1,438 and 359 scans, every fifth for validation, each pixel 16 grey levels spread over 255."""
+    digits = load_digits()
+    for split, count in (("train", 1438), ("val", 359)):
+        paths = sorted((digits_folder / split).glob("*/*.png"))
+        assert len(paths) == count
+        for path in paths:
+            i = int(path.stem)
+            assert (i % 5 == 4) == (split == "val")
+            assert path.parent.name == str(digits.target[i])
+            with Image.open(path) as image:
+                assert np.array_equal(np.array(image), np.rint(digits.images[i] * 255 / 16))
+
+
+def test_digits_are_written_where_they_are_not(tmp_path, digits_folder):
+    for _ in range(2):
+        train, val, classes = datasets.build_datasets(tmp_path / "new" / "digits", "DIGITS", plain, plain)
+        assert (len(train), len(val), classes) == (1438, 359, list("0123456789"))
+    assert os.listdir(tmp_path / "new") == ["digits"]
+
+
+def test_digits_overwrite_nothing(tmp_path):
+    (tmp_path / "thesis.txt").write_text("important")
+    with pytest.raises(ValueError, match="holds no digits: choose another --data-path"):
+        datasets.build_dataset(True, tmp_path, "DIGITS")
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+# ---- loaders ----
+
+class Draws(Dataset):
+    """What numpy, random and torch draw where an item is made, and by which worker."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        info = get_worker_info()
+        return np.random.rand(), random.random(), torch.rand(()).item(), info.id, os.getpid()
+
+
+def drawn(loader):
+    return {key: [float(x) for batch in loader for x in batch[k]] for k, key in enumerate(("numpy", "random", "torch", "id", "pid"))}
+
+
+def test_workers_are_seeded():
+    """numpy, random and torch: differing between workers and ranks, the same again for the same seed."""
+    first, again, other_rank, other_seed = (
+        drawn(datasets.build_loader(Draws(), False, 2, 2, rank, 2, seed)) for rank, seed in ((0, 3), (0, 3), (1, 3), (0, 4)))
+    assert set(first["id"]) == {0.0, 1.0}
+    for kind in ("numpy", "random", "torch"):
+        assert first[kind] == again[kind]
+        everything = first[kind] + other_rank[kind] + other_seed[kind]
+        assert len(set(everything)) == len(everything) == 24, kind
+
+
+def test_workers_persist_and_go_on_drawing():
+    loader = datasets.build_loader(Draws(), False, 2, 2)
+    a, b = drawn(loader), drawn(loader)
+    assert set(a["pid"]) == set(b["pid"])
+    assert not set(a["numpy"]) & set(b["numpy"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches(tiny_folder, workers):
+    """Training drops the ragged last batch, evaluation keeps it, in order and with every image's index."""
+    train, val, _ = datasets.build_datasets(tiny_folder, "IMNET", small_transform(), small_transform())
+    loader = datasets.build_loader(train, True, 5, workers)
+    batches = list(loader)
+    assert [len(batch[0]) for batch in batches] == [5] * 4 and len(loader) == 4
+    batches = list(datasets.build_loader(val, False, 5, workers))
+    assert [tuple(images.shape) for images, _, _ in batches] == [(5, 3, 32, 32), (5, 3, 32, 32), (1, 3, 32, 32)]
+    assert [i for batch in batches for i in batch[2].tolist()] == list(range(11))
+    assert [label for batch in batches for label in batch[1].tolist()] == [0] * 4 + [1] * 4 + [2] * 3
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_the_order_follows_seed_and_epoch(tiny_folder, repeated):
+    """The seed reaches the samplers."""
+    train, _, _ = datasets.build_datasets(tiny_folder, "IMNET", small_transform(), small_transform())
+
+    def order(seed, epoch):
+        loader = datasets.build_loader(train, True, 6, 0, 0, 2, seed, repeated_aug=repeated)
+        return flat([[int(i) for i in batch] for batch in names(loader, epoch)])
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(1, 1)
+    assert order(1, 0) != order(9, 0)
+    assert (len(set(order(1, 0))) < 12) == repeated
+
+
+def test_repeated_augmentation_repeats_images_differently(tiny_folder):
+    train, _, _ = datasets.build_datasets(tiny_folder, "IMNET", small_transform(True), small_transform())
+    batch = next(iter(datasets.build_loader(train, True, 24, 0, repeated_aug=True)))
+    assert sorted(Counter(batch[2].tolist()).values()) == [3] * 8
+    one = batch[2][0]
+    a, b, c = batch[0][batch[2] == one]
+    assert not torch.equal(a, b) and not torch.equal(b, c)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 16])
+def test_evaluation_is_shared_exactly(tiny_folder, ranks):
+    """Also by more ranks than there are images."""
+    _, val, _ = datasets.build_datasets(tiny_folder, "IMNET", small_transform(), small_transform())
+    seen = [int(i) for rank in range(ranks) for batch in datasets.build_loader(val, False, 4, 0, rank, ranks) for i in batch[2]]
+    assert sorted(seen) == list(range(11))
+
+
+@pytest.mark.parametrize("batch, ranks, repeated", [(25, 1, False), (13, 2, False), (13, 2, True), (64, 1, True)])
+def test_a_batch_larger_than_a_ranks_share(tiny_folder, batch, ranks, repeated):
+    train, _, _ = datasets.build_datasets(tiny_folder, "IMNET", small_transform(), small_transform())
+    with pytest.raises(ValueError, match=f"24 images, too few for one batch of {batch} on each of {ranks} ranks: .*--batch-size"):
+        datasets.build_loader(train, True, batch, 0, 0, ranks, repeated_aug=repeated)
+
+
+def test_a_small_validation_set_needs_no_full_batch(tiny_folder):
+    _, val, _ = datasets.build_datasets(tiny_folder, "IMNET", small_transform(), small_transform())
+    assert len(next(iter(datasets.build_loader(val, False, 64, 0)))[0]) == 11
+
+
+# ---- the command line ----
+
+@pytest.fixture
+def command(monkeypatch):
+    """python datasets.py WORDS, in this process."""
+    def start(*words):
+        monkeypatch.setattr(sys, "argv", ["datasets.py", *map(str, words)])
+        runpy.run_path(datasets.__file__, run_name="__main__")
+    return start
+
+
+def test_command_digits(tmp_path, command, capsys):
+    """As a user starts it; a second time it only counts."""
+    done = subprocess.run([sys.executable, datasets.__file__, "digits", tmp_path / "digits"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    command("digits", tmp_path / "digits")
+    for text in (done.stdout, capsys.readouterr().out):
+        assert "'train': 1438" in text and "'val': 359" in text
+
+
+def test_command_shards_and_index(tiny_folder, tmp_path, command):
+    command("shards", tiny_folder, tmp_path / "tars")
+    train, val, classes = datasets.build_datasets(tmp_path / "tars", "IMNET", plain, plain)
+    assert (len(train), len(val), classes) == (24, 11, CLASSES)
+    (tmp_path / "tars" / "val" / "000000.tar").rename(tmp_path / "tars" / "val" / "new.tar")
+    with pytest.raises(ValueError, match="does not fit"):
+        datasets.build_dataset(False, tmp_path / "tars")
+    command("index", tmp_path / "tars")
+    train, val, classes = datasets.build_datasets(tmp_path / "tars", "IMNET", plain, plain)
+    assert (len(train), len(val)) == (24, 11)
+    assert classes == CLASSES, "counting again must not forget the names"
+
+
+@pytest.mark.parametrize("words", [(), ("help",), ("digits",), ("shards", "one"), ("dance", "here")])
+def test_command_shows_what_there_is(command, words):
+    with pytest.raises(SystemExit) as caught:
+        command(*words)
+    assert "python datasets.py digits DIR" in caught.value.code
+
+
+@pytest.mark.parametrize("words", [("shards", "nowhere", "target"), ("index", "nowhere")])
+def test_command_with_a_wrong_path(command, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        command(*words)
+    assert caught.value.code.startswith("error: ")
+    assert "nowhere" in caught.value.code
