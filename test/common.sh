@@ -1,0 +1,361 @@
+#!/usr/bin/env bash
+# Sourced by train_*.sh: reads the options, runs main.py under torchrun, leaves the logs that Ascend's tools read.
+#
+# A script sets its defaults (kind, nproc, epochs, ...), calls parse_options "$@", checks its paths, and calls train.
+# Nothing here changes the working directory: relative paths, also in options for main.py, are the caller's.
+
+set -euo pipefail
+
+test_dir=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+repo=$(dirname -- "$test_dir")
+source "$test_dir/setup_env.sh"
+PYTHON='' # find_python's, not an inherited one
+
+# The defaults of every script; batch_size is that of one card.
+kind=acc model=alt_gvt_small nproc=1 batch_size=128 epochs=1 max_step='' workers=''
+data_path='' finetune_pth='' device=auto device_id='' output_dir='' resume=''
+recipe=() extra=() # options for main.py: the script's, the user's
+
+print_help() {
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    cat <<TEXT
+
+  --data_path=FOLDER      the images: train/CLASS/*, val/CLASS/*
+  --finetune_pth=FILE     weights to start from (--fine_tune_path is the same)
+  --device=DEVICE         npu, cuda, gpu, cpu, npu:3, cuda:1, or auto: npu, then cuda, then cpu (now: $device)
+  --device_id=N           first card, and the name of the log folder (now: 0)
+  --nproc=N               number of cards; on CPU, of processes (now: $nproc)
+  --batch_size=N          images a card and step (now: $batch_size)
+  --epochs=N              (now: $epochs)
+  --max_step=N            end after N steps (now: ${max_step:-no limit})
+  --workers=N             loader processes a card (now: as main.py has it)
+  --output_dir=FOLDER     checkpoints (now: test/output/DEVICE_ID/ckpt)
+  --help                  this text
+Everything else goes to main.py as it is, for example --lr=1e-3, --seed 1, --resume auto, --no-eval.
+Logs: test/output/DEVICE_ID/. An earlier run's folder is moved aside, unless --resume auto goes on in it.
+TEXT
+}
+
+parse_options() {
+    local word name value
+    command_line="$(basename -- "$0")$( (($# == 0)) || printf ' %q' "$@")"
+    while (($#)); do
+        word=$1 name=${1%%=*} value=''
+        shift
+        name=${name#--} name=${name//-/_} # --batch-size is --batch_size
+        case $word in
+            --help | -h) print_help; exit 0 ;;
+            --*) ;;
+            *) name='' ;; # the value of an option for main.py
+        esac
+        case $name in
+            data_path | finetune_pth | fine_tune_path | device | device_id | nproc | batch_size | epochs | max_step \
+                | workers | num_workers | output_dir | model) ;;
+            *)
+                extra+=("$word")
+                if [[ $name == resume ]]; then
+                    if [[ $word == *=* ]]; then resume=${word#*=}; else resume=${1:-}; fi
+                fi
+                continue
+                ;;
+        esac
+        if [[ $word == *=* ]]; then
+            value=${word#*=}
+        elif (($#)) && [[ $1 != --* ]]; then
+            value=$1
+            shift
+        fi
+        case $name in # an empty path is told by the path's own check
+            data_path | finetune_pth | fine_tune_path) ;;
+            *) [[ $value ]] || fail "$word needs a value: $word=VALUE" ;;
+        esac
+        case $name in
+            fine_tune_path) finetune_pth=$value ;;
+            num_workers) workers=$value ;;
+            *) printf -v "$name" %s "$value" ;;
+        esac
+    done
+
+    local number='^(0|[1-9][0-9]{0,8})$'
+    for name in nproc batch_size epochs max_step workers device_id; do
+        [[ -z ${!name} || ${!name} =~ $number ]] || fail "--$name=${!name} is not a whole number"
+    done
+    ((nproc > 0 && batch_size > 0)) || fail "--nproc and --batch_size must be at least 1"
+    if [[ $device == *:* ]]; then # npu:3 names its card itself
+        [[ -z $device_id ]] || fail "--device=$device and --device_id=$device_id both name a card: give one of them"
+        [[ ${device##*:} =~ $number ]] || fail "--device=$device: the card after the colon is not a number"
+        card=${device##*:}
+    else
+        card=${device_id:-0}
+    fi
+    if [[ $output_dir ]]; then output_dir=$(absolute "$output_dir"); fi
+    if [[ -L $output_dir ]]; then output_dir=$(readlink -f -- "$output_dir"); fi # our own link output/ckpt
+
+    local size=${model#*_}
+    size=${size#gvt_} size=${size%_v0}
+    case $model in
+        alt_gvt_*) network=Twins-GVT-${size^} ;;
+        pcpvt_*) network=Twins-PCPVT-${size^} ;;
+        *) network=$model ;;
+    esac
+    case_name=${network}_bs${batch_size}_${nproc}p_$kind
+}
+
+absolute() { if [[ $1 == /* ]]; then printf '%s\n' "$1"; else printf '%s\n' "$PWD/$1"; fi; }
+
+# The words are a convention that other people's tools look for on standard output, spelling included.
+path_error() { # NAME REMEDY
+    printf '[Error] para "%s" must be confing\n%s\n' "$1" "$2"
+    exit 1
+}
+
+require_data_path() {
+    [[ $data_path ]] || path_error data_path "No data set was named: add --data_path=FOLDER with the images (train/ and val/)."
+    [[ -d $data_path ]] || path_error data_path "There is no folder $data_path: give --data_path=FOLDER with the images (train/ and val/)."
+    data_path=$(absolute "$data_path")
+}
+
+require_finetune_pth() {
+    [[ $finetune_pth ]] || path_error finetune_pth "No weights were named: add --finetune_pth=FILE."
+    [[ -f $finetune_pth ]] || path_error finetune_pth "There is no file $finetune_pth: give --finetune_pth=FILE with the weights to start from."
+    finetune_pth=$(absolute "$finetune_pth")
+}
+
+use_python() { # a missing package ends here, a version outside the tested range is only said
+    local found=0
+    find_python "$repo/requirements.txt" || found=$?
+    ((found < 2)) || fail "$PROBLEM: \"bash test/setup_env.sh\" makes ./.venv with all that is needed, or: pip install -r requirements.txt"
+    ((found < 1)) || warn "$PROBLEM; going on with $PYTHON"
+}
+
+choose_cards() {
+    [[ $device_id ]] || return 0
+    local cards variable
+    cards=$(seq -s , "$device_id" $((device_id + nproc - 1)))
+    for variable in ASCEND_RT_VISIBLE_DEVICES CUDA_VISIBLE_DEVICES; do
+        if [[ ${!variable:-$cards} != "$cards" ]]; then
+            warn "$variable=${!variable} is set and stays: --device_id=$device_id only names the log folder"
+        else
+            export "$variable=$cards"
+        fi
+    done
+}
+
+prepare_device() {
+    if [[ ${etp_running_flag:-} != true ]]; then # a platform that sets its own environment says true
+        source "$test_dir/env_npu.sh" "$device" "$kind" || exit 1
+    fi
+    case $device in # torch would import an installed torch_npu, which fails or changes what runs on CPU
+        cpu* | cuda* | gpu*) export TORCH_DEVICE_BACKEND_AUTOLOAD=${TORCH_DEVICE_BACKEND_AUTOLOAD:-0} ;;
+    esac
+    # torchrun sets 1 thread a process, which leaves cores of a CPU run idle.
+    local cores
+    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
+    export PYTHONUNBUFFERED=1 # the log is a pipe: lines come when they are printed
+}
+
+# Sets run_dir and train_log. Nothing older is deleted: an earlier run's folder gets the first free number,
+# test/output/0 -> test/output/0.1. With --resume auto it stays, and the run goes on in it.
+open_run_dir() {
+    run_dir=$test_dir/output/$card
+    train_log=$run_dir/train_$card.log
+    local earlier n=1 aside='' # where an earlier run goes
+    if ! mkdir -p -- "$test_dir/output" 2>/dev/null || [[ ! -w $test_dir/output ]]; then
+        fail "cannot write to $test_dir/output: make it writable"
+    fi
+    if command -v flock >/dev/null; then # held until the last process of the run ends
+        exec {lock}>"$test_dir/output/.$card.lock"
+        flock -n "$lock" || fail "another run is using $run_dir: wait for it, or give this one another --device_id"
+    fi
+    if [[ $resume == auto && -e $run_dir ]]; then
+        earlier=$(sed -n 's/^\[Info\] command: \([^ ]*\).*/\1/p' "$train_log" 2>/dev/null | tail -n 1)
+        [[ $output_dir || ! $earlier || $earlier == "$(basename -- "$0")" ]] \
+            || fail "$run_dir holds a run of $earlier, not of this script: name the file, --resume=FOLDER/ckpt/checkpoint.pth"
+    elif [[ -e $run_dir ]]; then
+        while [[ -e $run_dir.$n ]]; do ((n += 1)); done
+        aside=$run_dir.$n
+    fi
+    settle_paths
+    if [[ $aside ]]; then
+        mv -- "$run_dir" "$aside" || fail "cannot move the earlier run $run_dir aside: make test/output writable"
+        info "the earlier run is now in $aside"
+    fi
+    output_dir=${output_dir:-$run_dir/ckpt}
+    mkdir -p -- "$run_dir" || fail "cannot make $run_dir"
+}
+
+# What this run starts from may be an earlier run's: --finetune_pth=output/ckpt/checkpoint.pth. That folder is about to
+# move, and that link to point elsewhere, so files are named by where they really are (or will be).
+settle_paths() {
+    local i word
+    finetune_pth=$(settled "$finetune_pth")
+    for i in "${!extra[@]}"; do
+        word=${extra[i]}
+        case $word in
+            --*=*) extra[i]=${word%%=*}=$(settled "${word#*=}") ;;
+            --*) ;;
+            *) extra[i]=$(settled "$word") ;;
+        esac
+    done
+}
+
+settled() { # WORD: another word only for an existing file with a folder in its name
+    local real=$1
+    if [[ $1 == */* && -f $1 ]]; then
+        real=$(readlink -f -- "$1")
+        if [[ $aside && $real == "$run_dir"/* ]]; then real=$aside${real#"$run_dir"}; fi
+    fi
+    printf '%s\n' "$real"
+}
+
+link() { # TARGET NAME: the original's paths; a file or folder that is no link stays
+    [[ -e $2 && ! -L $2 ]] || ln -sfn -- "$1" "$2" 2>/dev/null || true
+}
+
+train() {
+    local started status=0
+    started=$(date +%s)
+    [[ ${PYTHON:-} ]] || use_python
+    choose_cards
+    prepare_device
+    open_run_dir
+
+    local command=("$PYTHON" -m torch.distributed.run --nproc_per_node "$nproc")
+    if [[ ${MASTER_PORT:-} ]]; then
+        command+=(--master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT")
+    else
+        command+=(--standalone) # any free port: runs can share a machine
+    fi
+    command+=("$repo/main.py" --model "$model" --batch-size "$batch_size" --drop-path 0.3 --dist-eval
+        --epochs "$epochs" --data-path "$data_path" --output_dir "$output_dir" --device "$device")
+    if [[ $max_step ]]; then command+=(--max_step "$max_step"); fi
+    if [[ $workers ]]; then command+=(--num_workers "$workers"); fi
+    if [[ $finetune_pth ]]; then command+=(--finetune "$finetune_pth"); fi
+    command+=("${recipe[@]}" "${extra[@]}")
+
+    link "output/$card/train_$card.log" "$test_dir/train_$card.log"
+    link "output/$card/$case_name.log" "$test_dir/$case_name.log"
+    if [[ $output_dir != "$repo/output/ckpt" ]] && mkdir -p -- "$repo/output" 2>/dev/null; then
+        link "${output_dir/#"$repo/"/../}" "$repo/output/ckpt"
+    fi
+
+    json_before=$(last_json)
+    log_bytes=$(wc -c 2>/dev/null <"$train_log") || log_bytes=0
+    run_logged "${command[@]}" || status=$?
+    write_results "$status" $(($(date +%s) - started))
+    ((status == 0)) || show_error "$status"
+    return "$status"
+}
+
+# Runs the command with its output on the terminal and in the log. Returns training's own status: torchrun makes
+# every failure a 1, but says in its summary with what the processes ended.
+run_logged() {
+    local pid='' tee status=0 signal='' out
+    trap 'signal=130; [[ ! $pid ]] || kill -TERM "$pid" 2>/dev/null' INT
+    trap 'signal=143; [[ ! $pid ]] || kill -TERM "$pid" 2>/dev/null' TERM HUP
+    exec {out}> >(exec tee -ia -- "$train_log")
+    tee=$!
+    {
+        info "command: $command_line"
+        printf '[Info]'
+        printf ' %q' "$@"
+        echo
+    } >&"$out"
+    "$@" >&"$out" 2>&1 &
+    pid=$!
+    exec {out}>&-
+    while true; do # a signal ends wait, not the run
+        wait "$pid" && status=0 || status=$?
+        kill -0 "$pid" 2>/dev/null || break
+    done
+    wait "$tee" || true
+    trap - INT TERM HUP
+    if [[ $signal ]]; then return "$signal"; fi
+    if ((status != 1)); then return "$status"; fi
+    return "$(this_run | awk '/^ *exitcode *: / { last = $3; if (last == 2 || last == 3) own = last }
+        END { if (own) last = own; print last == "" ? 1 : last < 0 ? 128 - last : last }')"
+}
+
+this_run() { tail -c "+$((log_bytes + 1))" -- "$train_log"; }
+
+last_json() { tail -n 1 -- "$output_dir/log.txt" 2>/dev/null || true; }
+
+json_value() { # KEY: its value in the last line of log.txt, where that is a number
+    local line
+    line=$(last_json)
+    if [[ $resume != auto && $line == "$json_before" ]]; then return; fi # an earlier run's
+    sed -n "s/.*\"$1\": *\([-+0-9.eE]\{1,\}\)[,}].*/\1/p" <<<"$line"
+}
+
+log_value() { # EXPRESSION: what its group matches, the last time
+    this_run | sed -n "s/$1/\1/p" | tail -n 1
+}
+
+number() { # FORMAT NUMBER: nothing stays nothing
+    LC_ALL=C awk -v format="$1" -v number="$2" 'BEGIN { if (number != "") printf format, number }'
+}
+
+# FPS is the last epoch's, accuracy the best, loss the last: by name from log.txt, else from the readable log.
+write_results() { # STATUS SECONDS
+    local fps='' accuracy='' loss global_batch time=''
+    sed -n 's/^Epoch: .* loss: \([^ ]*\).*/\1/p' "$train_log" >"$run_dir/train_${case_name}_loss.txt"
+    sed -n 's/^Epoch: .* loss: .* fps:\([0-9.]*\).*/\1/p' "$train_log" >"$run_dir/train_${case_name}_fps.log"
+    loss=$(json_value train_loss)
+    loss=$(number %.6g "${loss:-$(log_value '^Epoch: .* loss: \([^ ]*\).*')}")
+    if (($1 == 0)); then
+        fps=$(json_value fps)
+        fps=$(number %.2f "${fps:-$(log_value '^Epoch: .* fps:\([0-9.]*\).*')}")
+        if [[ $(json_value test_acc1) ]]; then accuracy=$(json_value max_acc1); fi # else nothing was evaluated
+        accuracy=${accuracy:-$(log_value '^Max accuracy: \([0-9.]*\).*')}
+        accuracy=$(number %.2f "${accuracy:-$(log_value '^\* Acc@1 \([0-9.]*\).*')}")
+        global_batch=$(json_value global_batch)
+        time=$(LC_ALL=C awk -v b="${global_batch:-$((batch_size * nproc))}" -v f="$fps" 'BEGIN { if (f > 0) printf "%.2f", b * 1000 / f }')
+    fi
+    cat >"$run_dir/$case_name.log" <<TEXT
+Network = $network
+RankSize = $nproc
+BatchSize = $batch_size
+DeviceType = $(uname -m)
+CaseName = $case_name
+ActualFPS = $fps
+TrainingTime = $time
+TrainAccuracy = $accuracy
+ActualLoss = $loss
+E2ETrainingTime = $2
+TEXT
+    cat <<TEXT
+------------------ Final result ------------------
+Final Performance images/sec : $fps
+Final Train Accuracy : $accuracy
+E2E Training Duration sec : $2
+TEXT
+}
+
+show_error() { # STATUS: what matters of the log, without torchrun's own report
+    if (($1 == 130 || $1 == 143)); then fail "training was stopped by a signal; its log: $train_log" "$1"; fi
+    local lines remedy=''
+    lines=$(this_run | grep -aE '^error( \(rank [0-9]+\))?: ' | awk '!seen[$0]++' | tail -n 5) || true
+    if [[ ! $lines ]]; then
+        lines=$(this_run | sed '/torch.distributed.elastic.*failed (exitcode/,$d' | grep -avE '^[IWE][0-9]{4} ' | tail -n 15) || true
+        remedy=$(known_remedy "$1")
+    fi
+    printf '[Error] training ended with status %s; the end of %s:\n%s\n' "$1" "$train_log" "$lines" >&2
+    [[ ! $remedy ]] || printf '[Error] %s\n' "$remedy" >&2
+}
+
+known_remedy() { # STATUS: for failures that main.py has no chance to explain
+    local log
+    log=$(this_run)
+    if (($1 == 137)); then
+        echo "a process was killed, most often for want of memory: try a smaller --batch_size or fewer --workers"
+    fi
+    case $log in
+        *EADDRINUSE* | *"ddress already in use"*)
+            echo "port ${MASTER_PORT:-} is in use: unset MASTER_PORT, and a free one is taken" ;;
+        *"Failed to load the backend extension: torch_npu"*)
+            echo "torch_npu finds no CANN: source CANN's set_env.sh, or use --device=cpu" ;;
+        *EI0006* | *EI0002*)
+            echo "a rank did not answer in time: look for the first error of the other ranks, or raise HCCL_CONNECT_TIMEOUT" ;;
+    esac
+}

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The whole way on a fresh machine: an environment, a small set of real images (scikit-learn's digits), training, pictures.
+#   bash test/train_demo_1p.sh
+
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+kind=acc nproc=1 epochs=10 batch_size=32
+recipe=(--input-size=64 --lr=5e-4)
+parse_options "$@"
+[[ ! $data_path ]] || require_data_path
+setup_env
+if [[ ! $data_path ]]; then
+    data_path=$test_dir/output/digits
+    [[ -d $data_path ]] || "$PYTHON" "$repo/datasets.py" digits "$data_path"
+fi
+train
+"$PYTHON" "$repo/report.py" "$output_dir" --data-path "$data_path" --device "$device" >/dev/null
+echo "Loss and accuracy by epoch: $output_dir/curves.png"
+echo "Validation images with true and predicted class: $output_dir/predictions.png"

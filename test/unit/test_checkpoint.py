@@ -1,0 +1,237 @@
+"""What survives a crash: checkpoints are whole, plain, portable, and found again."""
+import argparse
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import checkpoint
+
+
+def net(classes=3):
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(4, 5))
+    model.add_module("head", nn.Linear(5, classes))
+    return model
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---- save ----
+
+def test_what_was_saved_is_read_again_with_weights_only(tmp_path):
+    model = net()
+    content = dict(model=model.state_dict(), epoch=3, best_accuracy=81.5, options={"lr": 5e-4, "crop_scale": (0.08, 1.0), "aa": None},
+                   classes=["cat", "dog"], optimizer={"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": [{"params": [0, 1]}]})
+    checkpoint.save(tmp_path / "checkpoint.pth", **content)
+    saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert equal(saved.pop("model"), content.pop("model")) and saved == content
+    assert os.listdir(tmp_path) == ["checkpoint.pth"]
+
+
+def test_a_checkpoint_holds_no_more_of_a_view_than_the_view(tmp_path):
+    checkpoint.save(tmp_path / "view.pth", view=torch.arange(1_000_000.0)[10:13], nested=[torch.zeros(1_000_000)[:1]])
+    assert (tmp_path / "view.pth").stat().st_size < 10_000
+    assert torch.load(tmp_path / "view.pth", weights_only=True)["view"].tolist() == [10, 11, 12]
+
+
+def test_a_checkpoint_holds_plain_tensors_without_a_gradient(tmp_path):
+    checkpoint.save(tmp_path / "a.pth", weight=nn.Parameter(torch.ones(2)), result=torch.ones(2, requires_grad=True) * 2)
+    saved = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert [type(saved[name]) for name in ("weight", "result")] == [torch.Tensor] * 2
+    assert not saved["weight"].requires_grad and not saved["result"].requires_grad and saved["weight"].device.type == "cpu"
+
+
+@pytest.mark.parametrize("where, error", [("torch.save", OSError("No space left on device")), ("torch.save", KeyboardInterrupt()),
+                                          ("os.fsync", OSError("disk gone")), ("os.replace", PermissionError("no"))])
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, where, error):
+    checkpoint.save(tmp_path / "checkpoint.pth", epoch=1)
+    before = files(tmp_path)
+
+    def fail(*args):
+        if where == "torch.save":
+            args[1].write(b"half of a checkpoint")
+        raise error
+
+    module, _, name = where.partition(".")
+    monkeypatch.setattr({"torch": torch, "os": os}[module], name, fail)
+    with pytest.raises(type(error)):
+        checkpoint.save(tmp_path / "checkpoint.pth", epoch=2)
+    assert files(tmp_path) == before
+
+
+# ---- read ----
+
+LAYOUTS = {  # a state dict, as somebody publishes it
+    "plain.pth": torch.save,
+    "legacy.pth": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
+    "model.pth": lambda state, path: torch.save({"model": state}, path),
+    "state_dict.pth.tar": lambda state, path: torch.save({"state_dict": state, "epoch": 1}, path),
+    "original.pth": lambda state, path: torch.save({"model": state, "args": argparse.Namespace(lr=0.1, resume=""), "epoch": 9}, path),
+    "weights.safetensors": save_file,
+    "ddp.pth": lambda state, path: torch.save({"model": {f"module.{key}": value for key, value in state.items()}}, path),
+    "compiled.pth": lambda state, path: torch.save({f"_orig_mod.{key}": value for key, value in state.items()}, path),
+    "both.pth": lambda state, path: torch.save({f"module._orig_mod.{key}": value for key, value in state.items()}, path),
+}
+
+
+@pytest.mark.parametrize("name, write", LAYOUTS.items(), ids=LAYOUTS)
+def test_each_published_layout_gives_the_same_weights(tmp_path, name, write):
+    model, other = net(), net()
+    write(model.state_dict(), tmp_path / name)
+    checkpoint.load_weights(other, checkpoint.model_state(checkpoint.read(tmp_path / name), name), name)
+    assert equal(other.state_dict(), model.state_dict())
+
+
+def test_the_moving_average_is_found_where_ours_and_timm_keep_it():
+    weights, average = {"a": torch.zeros(1)}, {"module.a": torch.ones(1)}
+    for key in ("model_ema", "state_dict_ema"):
+        assert checkpoint.model_state({"model": weights, key: average}, ema=True) == {"a": torch.ones(1)}
+    with pytest.raises(ValueError, match="holds no weights"):
+        checkpoint.model_state({"model": weights}, ema=True)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("sprung",)
+
+
+def broken(kind, folder):
+    """A file that is no checkpoint."""
+    path = folder / ("weights.safetensors" if kind == "safetensors" else "checkpoint.pth")
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "cut off":
+        torch.save(net().state_dict(), path)
+        path.write_bytes(path.read_bytes()[:-700])
+    elif kind == "empty":
+        path.touch()
+    elif kind in ("text", "safetensors"):
+        path.write_text("version https://git-lfs.github.com/spec/v1\n" * 20)
+    elif kind == "a program":
+        path.write_bytes(pickle.dumps({"model": Trap()}, protocol=2))
+    elif kind == "a module":
+        torch.save(net(), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["missing", "a folder", "cut off", "empty", "text", "safetensors", "a program", "a module"])
+def test_what_cannot_be_read_is_one_line_with_the_path(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    path = broken(kind, tmp_path)
+    with pytest.raises(ValueError) as error:
+        checkpoint.read(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not Path("sprung").exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, {"epoch": 3}, {"model": {}}, {"model": {"a": 1}}, "weights", torch.ones(2)], ids=str)
+def test_a_file_without_weights_is_refused_in_one_line(content):
+    with pytest.raises(ValueError, match=r"x\.pth holds no weights: expected a state dict"):
+        checkpoint.model_state(content, "x.pth")
+
+
+# ---- load ----
+
+def test_weights_of_another_model_name_the_missing_and_the_unexpected_keys():
+    model, state = net(), net().state_dict()
+    state["blocks.0.weight"] = state.pop("body.weight")
+    with pytest.raises(ValueError) as error:
+        checkpoint.load_weights(model, state, "other.pth")
+    assert str(error.value) == ("other.pth does not fit: it is of another model (--model); missing keys: body.weight; "
+                                "unexpected keys: blocks.0.weight")
+
+
+def test_many_keys_are_named_by_the_first_and_their_number():
+    model = nn.ModuleDict({f"part{i}": nn.Linear(1, 1, bias=False) for i in range(9)})
+    with pytest.raises(ValueError, match=r"missing keys: part0.weight, part1.weight, part2.weight, part3.weight and 5 more"):
+        checkpoint.load_weights(model, {"x": torch.ones(1)})
+
+
+def test_another_number_of_classes_is_said_with_the_shapes_and_changes_nothing():
+    model = net(3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"another number of classes; other shapes: head.weight \(7, 5\), not \(3, 5\), head.bias"):
+        checkpoint.load_weights(model, net(7).state_dict(), "seven.pth")
+    assert equal(model.state_dict(), before)
+
+
+def test_a_head_of_another_number_of_classes_starts_anew_and_the_rest_is_loaded():
+    model, saved = net(3), net(7).state_dict()
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    state, classes = checkpoint.adapt_head(model, saved)
+    checkpoint.load_weights(model, state)
+    after = model.state_dict()
+    assert classes == 7
+    assert all(torch.equal(after[key], (own if key.startswith("head") else saved)[key]) for key in after)
+
+
+def test_a_head_that_fits_is_loaded():
+    saved = net(3).state_dict()
+    assert checkpoint.adapt_head(net(3), saved) == (saved, None)
+
+
+# ---- find ----
+
+def put(folder, name, age, **content):
+    """age: of the file, in seconds."""
+    checkpoint.save(folder / name, **content)
+    os.utime(folder / name, (1_000_000 - age, 1_000_000 - age))
+    return folder / name
+
+
+def test_the_newest_checkpoint_of_a_folder_is_found(tmp_path):
+    last, best = put(tmp_path, checkpoint.LAST, 10, epoch=5), put(tmp_path, checkpoint.BEST, 99, epoch=2)
+    assert checkpoint.find_newest(tmp_path) == (last, {"epoch": 5})
+    os.utime(best, (2_000_000, 2_000_000))
+    assert checkpoint.find_newest(tmp_path) == (best, {"epoch": 2})
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_next(tmp_path):
+    last, best = put(tmp_path, checkpoint.LAST, 10, epoch=5), put(tmp_path, checkpoint.BEST, 99, epoch=2)
+    last.write_bytes(last.read_bytes()[:200])
+    assert checkpoint.find_newest(tmp_path) == (best, {"epoch": 2})
+    best.write_bytes(b"")
+    with pytest.raises(ValueError, match="cannot read the checkpoint"):
+        checkpoint.find_newest(tmp_path)
+
+
+def test_a_folder_without_a_checkpoint_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(ValueError, match=rf"no checkpoint.pth in {tmp_path}"):
+        checkpoint.find_newest(tmp_path)
+
+
+def test_a_new_run_moves_an_earlier_ones_files_to_the_next_free_number(tmp_path):
+    folder = tmp_path / "deep" / "run"
+    assert checkpoint.prepare_folder(folder, keep=False) == []
+    for number in (1, 2):
+        for name in ("checkpoint.pth", "checkpoint_best.pth", "log.txt"):
+            (folder / name).write_text(f"{name} of run {number}")
+        (folder / "notes").write_text("mine")
+        assert checkpoint.prepare_folder(folder, keep=False) == [
+            f"checkpoint.pth.{number}", f"checkpoint_best.pth.{number}", f"log.txt.{number}"]
+    assert (folder / "log.txt.1").read_text() == "log.txt of run 1" and (folder / "log.txt.2").read_text() == "log.txt of run 2"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [f"{name}.{n}" for name in ("checkpoint.pth", "checkpoint_best.pth", "log.txt") for n in (1, 2)] + ["notes"])
+
+
+def test_a_run_that_goes_on_moves_nothing(tmp_path):
+    (tmp_path / "checkpoint.pth").write_text("weights")
+    assert checkpoint.prepare_folder(tmp_path, keep=True) == []
+    assert os.listdir(tmp_path) == ["checkpoint.pth"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=rf"--output_dir {tmp_path}/file/run cannot be written \(Not a directory\): choose another"):
+        checkpoint.prepare_folder(tmp_path / "file" / "run", keep=False)

@@ -1,0 +1,307 @@
+"""doctor.py through its command line: on data sets with known faults, and in environments made of stub packages."""
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import datasets
+import doctor
+
+TORCH = importlib.metadata.version("torch").partition("+")[0]
+CPU_TORCH = "install the CPU-only build of torch {}, from PyTorch's CPU index"
+AUTOLOAD = "[torch.backends]\ntorch_npu = torch_npu:_autoload\n"
+ABORTS = """
+import os
+os.write(2, b"terminate called after throwing an instance of 'c10::Error'\\n  what():  duplicate allocator key\\nframe #0\\n")
+os.abort()
+"""
+NO_CANN = """
+try:
+    raise ImportError("libhccl.so: cannot open shared object file: No such file or directory")
+except ImportError as error:
+    raise RuntimeError("Failed to load the backend extension: torch_npu.") from error
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(*args, **variables) -> {name: [(level, text)]}, in a clean environment. Sees to the form of the lines and the exit status."""
+    def start(*args, **variables):
+        dropped = ("ASCEND", "HCCL", "CUDA_", "MASTER_", "PYTHON", "TORCH_", "LD_LIBRARY", "RANK", "WORLD_SIZE", "LOCAL_")
+        env = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
+        env |= {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1", **{key: str(value) for key, value in variables.items()}}
+        done = subprocess.run([sys.executable, str(ROOT / "doctor.py"), *map(str, args)], cwd=tmp_path, env=env, capture_output=True,
+                              text=True, timeout=300)
+        assert not done.stderr
+        found = {}
+        for line in done.stdout.splitlines():
+            level, name, text = re.fullmatch(r"(ok  |warn|fail)  (\S.*?): (\S.*)", line).groups()
+            assert level == "ok  " or " - " in text, line  # the remedy
+            found.setdefault(name, []).append((level.strip(), text))
+        assert done.returncode == int(any(level == "fail" for rows in found.values() for level, _ in rows)), done.stdout
+        return found
+    return start
+
+
+@pytest.fixture
+def package(tmp_path):
+    """package(name, number, code, version, entry_points) writes a stub package into a folder for PYTHONPATH. -> the folder
+
+    code: its __init__.py; version: its version.py.
+    """
+    site = tmp_path / "site"
+
+    def write(name, number, code=None, version=None, entry_points=None):
+        info = site / f"{name}-{number.partition('+')[0]}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
+        (info / "entry_points.txt").write_text(entry_points or "")
+        if code is not None:
+            (site / name).mkdir()
+            (site / name / "__init__.py").write_text(code)
+            (site / name / "version.py").write_text(version or "")
+        return site
+    return write
+
+
+@pytest.fixture
+def no_torch(package):
+    """A folder for PYTHONPATH whose torch ends the process: whoever still answers did not import it."""
+    return package("torch", "2.13.0+cpu", ABORTS, version="cuda: Optional[str] = None\n")
+
+
+def levels(found):
+    return {level for rows in found.values() for level, _ in rows}
+
+
+# ---- data ----
+
+def test_good_folder(run, tiny_folder):
+    found = run("--device", "cpu", "--data-path", tiny_folder, "--batch-size", 2, "--num_workers", 1)
+    [(level, step)] = found["step"]
+    assert level == "ok" and 6 < float(re.search(r"loss ([\d.]+)", step)[1]) < 8  # ln(1000) = 6.9
+    assert found["device"] == [("ok", "--device cpu is cpu (1 threads)")]
+    assert found["classes"] == [("ok", "3, the same in train and val")]
+    assert found["train images"] == [("ok", "24, 8 to 8 in a class")]
+    assert found["val images"] == [("ok", "11, 3 to 4 in a class")]
+    assert found["train decode"] == [("ok", "24 of 24 images looked at are readable, of 24")]
+    assert found["val decode"] == [("ok", "11 of 11 images looked at are readable, of 11")]
+    assert found["same file twice"] == [("ok", "none of 11 validation images looked at is a training image")]
+    [(level, speed)] = found["speed"]
+    loader, device = map(int, re.search(r"gives (\d+) images/s .* eats (\d+)", speed).groups())
+    assert loader > 0 and "cpu (fp32, batch 2)" in speed
+    assert (level == "warn") == (loader < device) or loader == device
+    assert "image" not in found and "fail" not in levels(found)
+
+
+def test_folder_with_every_fault(run, tiny_folder, tmp_path):
+    data = tmp_path / "da ta"
+    shutil.copytree(tiny_folder, data)
+    shutil.move(data / "val" / "leaves", data / "val" / "oak")
+    for path in (data / "val" / "oak").iterdir():
+        path.unlink()
+    (data / "val" / "oak" / "readme.txt").write_text("no image")
+    whole = data / "train" / "temple" / "00.jpg"
+    cut = data / "train" / "temple" / "02.jpg"
+    cut.write_bytes(cut.read_bytes()[:len(cut.read_bytes()) // 2])
+    text = data / "val" / "flower" / "text.png"
+    text.write_text("no image either")
+    shutil.copy(whole, data / "val" / "temple" / "copy.jpg")
+    found = run("--device", "cuda", "--data-path", data, "--full", CUDA_VISIBLE_DEVICES="-1")
+    assert found["classes"] == [("fail", "train has 3 and val 3, and they differ: only in train: leaves; only in val: oak - "
+                                         "make the folders agree")]
+    assert found["val empty classes"] == [("fail", "no image in oak - put images there, or remove the class in train and val")]
+    assert "train empty classes" not in found
+    images = found["image"]
+    assert len(images) == 2 and all(level == "fail" and message.endswith("replace it or remove it") for level, message in images)
+    assert f"cannot read the image {cut} (image file is truncated" in images[0][1]
+    assert f"cannot read the image {text} (cannot identify image file" in images[1][1]
+    assert found["train decode"] == [("fail", "23 of 24 images looked at are readable, of 24 - replace or remove the others")]
+    assert found["val decode"] == [("fail", "8 of 9 images looked at are readable, of 9 - replace or remove the others")]
+    [(level, text)] = found["same file twice"]
+    assert level == "warn" and text.startswith("1 of 9 validation images looked at are training images too: "
+                                               f"{data}/val/temple/copy.jpg is {whole} - ")
+    assert found["speed"] == [("warn", "not measured - mend the data first")]
+    [(level, text)] = found["device"]
+    assert level == "fail" and "no cuda device is visible - look at `nvidia-smi`" in text
+    assert found["CUDA_VISIBLE_DEVICES"] == [("warn", "-1 hides every device - unset CUDA_VISIBLE_DEVICES")]
+
+
+def test_shards_while_torch_npu_ends_the_process(run, package, tiny_folder, tmp_path):
+    """The data is looked at all the same: for that torch_npu is not loaded."""
+    site = package("torch_npu", TORCH, ABORTS, entry_points=AUTOLOAD)
+    shutil.copytree(tiny_folder, tmp_path / "folders")
+    (tmp_path / "folders" / "train" / "flower" / "00.jpg").write_text("no image")
+    datasets.write_shards(tmp_path / "folders", tmp_path / "shards", maxcount=10)
+    index = tmp_path / "shards" / "val" / "index.json"
+    content = json.loads(index.read_text())
+    content["shards"]["000000.tar"] += 1
+    index.write_text(json.dumps(content))
+    found = run("--data-path", tmp_path / "shards", "--full", PYTHONPATH=site)
+    [(level, text)] = found["import torch"]
+    assert level == "fail" and text.startswith("the process died (SIGABRT): duplicate allocator key - torch must be CPU-only and ")
+    assert found["train images"] == [("ok", "24 in 3 shards")]
+    assert found["train decode"][0][1].startswith("23 of 24 images looked at are readable, of 24")
+    [(level, text)] = found["image"]
+    assert level == "fail" and f"{tmp_path}/shards/train/00000" in text
+    assert found["val decode"] == [("ok", "11 of 11 images looked at are readable, of 12")]
+    assert found["val shards"] == [("fail", f"11 images, and 12 in index.json - python datasets.py index {tmp_path}/shards")]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_sample_of_the_images(tiny_folder, full):
+    args = doctor.argparse.Namespace(images=5, full=full)
+    train, names = doctor.open_split(doctor.argparse.Namespace(data_path=tiny_folder, data_set="IMNET"), "train")
+    assert doctor.decode(train, names, args) == (24 if full else 5, [])
+    val = [str(path) for path in sorted(tiny_folder.glob("val/*/*"))]
+    assert doctor.same_files(train.names, val, args) == (11 if full else 5, [])
+    assert doctor.same_files(train.names, val + train.names[3:4], doctor.argparse.Namespace(full=True)) == (
+        12, [(train.names[3], train.names[3])])
+
+
+def test_no_data(run, no_torch, tmp_path):
+    found = run("--device", "cpu", "--data-path", tmp_path / "nowhere", PYTHONPATH=no_torch)
+    assert found["import torch"][0][0] == found["data"][0][0] == "fail"
+
+
+# ---- environments ----
+
+def test_torch_npu_without_cann(run, package, tmp_path):
+    """torch itself loads a torch_npu that does not find CANN's libraries."""
+    site = package("torch_npu", TORCH, NO_CANN.split("except")[0].replace("try:\n    ", ""),
+                   entry_points=AUTOLOAD)
+    found = run("--device", "npu", PYTHONPATH=site, ASCEND_HOME_PATH=tmp_path / "nowhere")
+    [(level, text)] = found["import torch"]
+    assert level == "fail" and text.startswith("torch_npu finds no CANN - source /usr/local/Ascend/ascend-toolkit/set_env.sh")
+    assert found["CANN"] == [("fail", f"no folder {tmp_path}/nowhere, where ASCEND_HOME_PATH points - install CANN and source its "
+                                      "set_env.sh, or train with --device cpu")]
+    assert found["HCCL"] == [("warn", "HCCL_CONNECT_TIMEOUT is not set, and ranks wait only 120 s for each other - "
+                                      "source test/env_npu.sh")]
+
+
+def test_torch_npu_that_sees_no_npu(run, package):
+    """As main.py, the doctor goes on without torch_npu."""
+    found = run(PYTHONPATH=package("torch_npu", TORCH, "def _autoload(): pass", entry_points=AUTOLOAD), CUDA_VISIBLE_DEVICES="-1")
+    assert found["import torch"][0][0] == "ok" and "torch_npu" not in found["import torch"][0][1]
+    assert found["npu devices"] == [("warn", "torch_npu is installed, but no NPU is visible - look at `npu-smi info` and "
+                                             "ASCEND_RT_VISIBLE_DEVICES")]
+    assert found["device"] == [("ok", "--device auto is cpu (1 threads)")]
+    assert found["precision"][0][1].startswith("--amp auto is fp32; bf16 is native; fp16 has the scaler torch.amp.grad_scaler.GradScaler")
+    assert found["step"][0][0] == "ok"
+
+
+@pytest.mark.parametrize(("torch", "cuda", "torch_npu", "device", "level", "text"), [
+    ("2.13.0+cpu", None, "2.13.0.post3", "npu", "ok", "2.13.0.post3, the same as torch"),
+    ("2.14.1", None, "2.13.0", "npu", "fail", f"2.13.0 beside torch 2.14.1: the versions must be the same - {CPU_TORCH.format('2.13.0')}"),
+    ("2.14.1", None, "2.13.0", "auto", "fail", f"2.13.0 beside torch 2.14.1: the versions must be the same - {CPU_TORCH.format('2.13.0')}"),
+    ("2.14.1", None, "2.13.0", "cpu", "warn", f"2.13.0 beside torch 2.14.1: the versions must be the same - {CPU_TORCH.format('2.13.0')}"),
+    ("2.13.0", "13.0", "2.13.0", "npu", "fail", "2.13.0 beside a torch for CUDA 13.0: together they end every process - "
+     f"{CPU_TORCH.format('2.13.0')}, or train with --device cuda or cpu"),
+])  # fmt: skip
+def test_torch_beside_torch_npu(run, package, torch, cuda, torch_npu, device, level, text):
+    package("torch", torch, ABORTS, version=f"from typing import Optional\ncuda: Optional[str] = {cuda!r}\n")
+    found = run("--device", device, PYTHONPATH=package("torch_npu", torch_npu))
+    assert found["torch_npu"] == [(level, text)]
+    assert found["torch"] == [("ok", f"{torch}, for CUDA {cuda}" if cuda else f"{torch}, CPU-only")]
+    [(level, text)] = found["import torch"]
+    assert level == "fail" and "the process died (SIGABRT): duplicate allocator key - torch must be CPU-only and 2.13.0" in text
+    assert {"port", "open files", "disk"} <= set(found)  # the doctor survived
+
+
+def test_torch_npu_is_missing(run, no_torch):
+    found = run("--device", "npu:1", PYTHONPATH=no_torch)
+    if importlib.util.find_spec("torch_npu") is None:
+        assert found["torch_npu"] == [("fail", f"not installed - {CPU_TORCH.format('2.13.0')}, then pip install torch_npu==2.13.0")]
+
+
+@pytest.mark.parametrize(("torch_npu", "file", "content", "level", "text"), [
+    ("2.7.1.post8", "x86_64-linux/ascend_toolkit_install.info", "package_name=Ascend-cann-toolkit\nversion=9.1.0\narch=x86_64\n",
+     "ok", "9.1.0 in {home}, sourced"),
+    ("2.7.1", "x86_64-linux/ascend_toolkit_install.info", "version=8.3.RC1\n", "ok", "8.3.RC1 in {home}, sourced"),
+    ("2.9.0.post1", "version.cfg", "# version: 1.0\nruntime_running_version=[7.5.0.5.220:8.5.0]\n", "ok", "8.5.0 in {home}, sourced"),
+    ("2.10.0.post4", "version.cfg", "# version: 1.0\nruntime_running_version=[7.5.0.5.220:8.1.RC1]\n",
+     "warn", "8.1.RC1, but torch_npu 2.10.0.post4 was published for 9.1 - if something fails, install CANN 9.1 or this CANN's torch_npu"),
+    ("2.13.0", "version.info", "version=9.1.0\n", "ok", "9.1.0 in {home}, sourced (no published pair for torch_npu 2.13.0 is known)"),
+])  # fmt: skip
+def test_cann(run, package, no_torch, tmp_path, torch_npu, file, content, level, text):
+    home = tmp_path / "Ascend" / "ascend-toolkit" / "latest"
+    (home / file).parent.mkdir(parents=True)
+    (home / file).write_text(content)
+    (home / "lib64").mkdir()
+    (home / "lib64" / "libhccl.so").touch()
+    (home.parent / "set_env.sh").touch()
+    package("torch_npu", torch_npu)
+    sourced = run(PYTHONPATH=no_torch, ASCEND_HOME_PATH=home, LD_LIBRARY_PATH=home / "lib64")
+    assert sourced["CANN"] == [(level, text.format(home=home))]
+    if torch_npu == "2.13.0" and not Path("/usr/local/Ascend").exists():
+        [(level, text)] = run(PYTHONPATH=no_torch)["CANN"]
+        assert (level, text) == ("fail", f"9.1.0 in {home} is not sourced: LD_LIBRARY_PATH has no libhccl.so - source "
+                                         f"{home.parent}/set_env.sh")
+
+
+def test_old_and_missing_packages(run, package, no_torch):
+    package("timm", "1.0.20")
+    package("torchvision", "1.3.0")
+    found = run(PYTHONPATH=no_torch)
+    assert found["timm"] == [("fail", '1.0.20 is too old - pip install "timm>=1.0.31,<2"')]
+    assert found["torchvision"][0][0] == "warn" and found["torchvision"][0][1].startswith("1.3.0 is newer than what was tried - ")
+    assert found["numpy"] == [("ok", importlib.metadata.version("numpy"))]
+
+
+def test_port_in_use(run, no_torch):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        [(level, text)] = run(PYTHONPATH=no_torch, MASTER_PORT=port)["port"]
+        assert level == "fail" and text.startswith(f"{port} cannot be used (Address already in use) - export MASTER_PORT=")
+    assert run(PYTHONPATH=no_torch, MASTER_PORT=port)["port"] == [("ok", f"{port} is free")]
+
+
+def test_machine(run, no_torch, tmp_path):
+    """Full disks, few open files, and variables that are wrong."""
+    (no_torch / "sitecustomize.py").write_text("""
+import collections, resource, shutil
+shutil.disk_usage = lambda path: collections.namedtuple("usage", "free")(64_000_000)
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+""")
+    found = run("--num_workers", 4, "--batch-size", 10, "--output_dir", "out/put", PYTHONPATH=no_torch, HCCL_EXEC_TIMEOUT="soon",
+                ASCEND_RT_VISIBLE_DEVICES="", CUDA_VISIBLE_DEVICES="2,3")
+    assert found["disk"] == [("fail", f"64 MB free in {tmp_path}; the last and the best checkpoint, and one being written, are "
+                                      "3 x 289 MB = 3 x 24,060,776 parameters x 3 x 4 bytes (weights and AdamW's two moments) - "
+                                      "free some, or choose another --output_dir")]
+    assert found["open files"] == [("warn", "at most 100; 4 workers may need 384 - ulimit -n 65536")]
+    assert found["HCCL"] == [("warn", "HCCL_EXEC_TIMEOUT=soon: a limit is a number of seconds - unset HCCL_EXEC_TIMEOUT")]
+    assert found["ASCEND_RT_VISIBLE_DEVICES"][0] == ("warn", "is empty and hides every device - unset ASCEND_RT_VISIBLE_DEVICES")
+    assert found["CUDA_VISIBLE_DEVICES"] == [("ok", "2,3")]
+    if Path("/dev/shm").is_dir():  # 4 x 2 x 10 x 602,112 bytes = 48 MB
+        assert found["shared memory"][0][1].startswith("64 MB free; up to 48 MB a card = 4 workers x 2 batches ahead x 10 images x ")
+
+
+@pytest.mark.parametrize(("code", "text"), [
+    ("import time; time.sleep(100)", "no answer in 1 s - look for other work on the device (npu-smi info, nvidia-smi) or a slow disk"),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGBUS)", "the process died (SIGBUS): it said nothing - shared memory is full: "
+     "docker run --shm-size=32g, or fewer --num_workers"),
+    ("raise ImportError('libfoo.so is missing')", "torch does not load (libfoo.so is missing) - pip install -r requirements.txt"),
+    (NO_CANN, "torch_npu finds no CANN - source /usr/local/Ascend/"),
+], ids=["sleeps", "dies", "torch", "no CANN"])  # fmt: skip
+def test_child_without_an_answer(package, monkeypatch, code, text):
+    monkeypatch.setenv("PYTHONPATH", str(package("torch", "2.13.0", code)))
+    monkeypatch.setattr(sys, "argv", ["doctor.py", "--device", "auto"])
+    [line] = doctor.child("device", limit=1 if "sleep" in code else 60)
+    assert line[:2] == ("fail", "import torch") and line[2].startswith(text)
+
+
+def test_error_of_a_loader(tmp_path):
+    """torch puts the traceback of a worker into the message."""
+    error = datasets.UnreadableImage("Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+                                     "  File \"x.py\"\ndatasets.UnreadableImage: cannot read the image /a: b.png (why): replace it\n")
+    assert doctor.told(doctor.fail, "speed", error) == ("fail", "speed", "cannot read the image /a - b.png (why): replace it")

@@ -1,0 +1,695 @@
+"""One run, as a user starts it: training, evaluation, logs, checkpoints, resuming, fine-tuning, and every mistake's one line.
+
+Most runs are main.run in this process, which saves the imports; one of each kind is the real command line or torchrun.
+"""
+import argparse
+import contextlib
+import fcntl
+import io
+import json
+import math
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import save_file
+from test_utils import EPOCH_LINE
+from torchvision import datasets, transforms
+
+import devices
+import engine
+import gvt  # noqa: F401  registers the models
+import main
+from samplers import ShuffleSampler
+
+TWINS, SMALL = "--model=alt_gvt_small", "--model=test_convnext"
+# No randomness after the weights are drawn, and the rate asked for from the first epoch on.
+PLAIN = ["--aa=none", "--mixup=0", "--cutmix=0", "--smoothing=0", "--reprob=0", "--drop-path=0", "--hflip=0", "--color-jitter=0",
+         "--crop-scale", "1", "1", "--sched-lag=0", "--warmup-epochs=0"]
+TRAIN_IMAGES, VAL_IMAGES, CLASSES = 24, 11, 3
+
+
+@pytest.fixture(scope="session")
+def data(tiny_folder, tmp_path_factory):
+    """The tiny images as squares: a random crop of the whole is then always the whole. Read it only."""
+    folder = tmp_path_factory.mktemp("squares") / "da ta"
+    for path in tiny_folder.glob("*/*/*"):
+        square = folder / path.relative_to(tiny_folder).with_suffix(".png")
+        square.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).convert("RGB").resize((40, 40)).save(square)
+    return folder
+
+
+def usual(data):
+    return ["--device=cpu", "--data-path", str(data), "--input-size=32", "--num_workers=0", "--batch-size=8"]
+
+
+@pytest.fixture(scope="session")
+def start(data):
+    """start(*words) -> status, out, err of main.run in this process, on `data` unless the words say otherwise"""
+    def run(*words):
+        out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = main.run([*usual(data), *(str(word) for word in words)])
+            except SystemExit as stop:  # the parser's
+                status = stop.code
+        signal.signal(signal.SIGTERM, handler)
+        return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
+    return run
+
+
+@pytest.fixture(scope="session")
+def works(start):
+    def run(*words):
+        done = start(*words)
+        assert done.status == 0, done.err
+        return done
+    return run
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def epoch_lines(text):
+    found = [EPOCH_LINE.fullmatch(line) for line in text.splitlines() if line.startswith("Epoch:") and "Total time" not in line]
+    assert found and all(found), text
+    return found
+
+
+def printed_losses(text):
+    return [float(line["loss"]) for line in epoch_lines(text)]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def assert_close(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], msg=lambda text, key=key: f"{key}: {text}", **tolerance)
+
+
+def images_of(data, split, size=32):
+    """All images and classes, by torchvision alone."""
+    whole = [transforms.Resize((size, size), transforms.InterpolationMode.BICUBIC)]  # as PLAIN trains
+    central = [transforms.Resize(int(256 / 224 * size), transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size)]
+    transform = transforms.Compose([*(whole if split == "train" else central), transforms.ToTensor(),
+                                    transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    images, targets = zip(*datasets.ImageFolder(data / split, transform))
+    return torch.stack(images), torch.tensor(targets)
+
+
+def oracle(model, state, data):
+    """Acc@1, Acc@5 and loss of the weights over the validation images, in plain torch."""
+    net = timm.create_model(model, num_classes=CLASSES).eval()
+    net.load_state_dict(state)
+    images, targets = images_of(data, "val")
+    with torch.no_grad():
+        logits = net(images)
+    return 100 * (logits.argmax(1) == targets).double().mean().item(), 100.0, F.cross_entropy(logits, targets).item()
+
+
+def evaluations(text):
+    """-> Acc@1, Acc@5, loss of each evaluation in a log"""
+    return [tuple(map(float, found)) for found in re.findall(r"^\* Acc@1 (\S+) Acc@5 (\S+) loss (\S+)$", text, re.MULTILINE)]
+
+
+# ---- one run of the real command line ----
+
+@pytest.fixture(scope="session")
+def trained(data, run_main, tmp_path_factory):
+    """Three epochs of Twins-SVT-S from the command line. -> out, err, folder"""
+    folder = tmp_path_factory.mktemp("runs") / "out put" / "trained"
+    done = run_main(*usual(data), TWINS, *PLAIN, "--epochs=3", "--lr=0.016", "--print-freq=2", "--output_dir", folder)
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(out=done.stdout, err=done.stderr, folder=folder)
+
+
+@pytest.fixture(scope="session")
+def small(works, tmp_path_factory):
+    """Two epochs of a small model. -> its folder; read it only"""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    works(SMALL, *PLAIN, "--epochs=2", "--lr=0.1", "--output_dir", folder)
+    return folder
+
+
+def test_training_lowers_the_loss(trained):
+    losses = [row["train_loss"] for row in rows(trained.folder)]
+    assert losses[0] > losses[1] > losses[2] and losses[2] < 0.75 * losses[0], losses
+
+
+def test_the_recipe_is_printed_as_it_is_used(trained):
+    block = trained.out[trained.out.index("Recipe"):trained.out.index("Epoch:")]
+    for line in ("model          alt_gvt_small, 23,549,315 parameters, 3 classes, 32 pixels", "world size 1", "precision      fp32\n",
+                 "global batch   8 = 8 x 1 ranks x 1 accumulated, 3 iterations an epoch", "weight decay 0.05, clip 5.0",
+                 "effective lr   0.00025 = 0.016 x 8 / 512", "peak lr        0.00025 after 0 warm-up epochs", "drop path 0.0",
+                 "epochs         3", "none, mixup 0.0, cutmix 0.0, smoothing 0.0, erasing 0.0"):
+        assert line in block
+    assert trained.out.count("Recipe") == 1
+
+
+def test_the_log_lines_are_the_conventional_ones(trained):
+    lines = epoch_lines(trained.out)
+    assert [(int(line["epoch"]), int(line["step"]), int(line["total"])) for line in lines] == [
+        (epoch, step, 3) for epoch in range(3) for step in (0, 2)]
+    assert re.findall(r"fps:\d+\.\d+", trained.out) and not re.search(r"fps: ", trained.out)
+    assert len(evaluations(trained.out)) == 3
+    best = re.findall(r"^Max accuracy: (\d+\.\d\d)%$", trained.out, re.MULTILINE)
+    assert [float(x) for x in best] == [round(max(acc for acc, *_ in evaluations(trained.out)[:n + 1]), 2) for n in range(3)]
+    assert "\x1b" not in trained.out and "\r" not in trained.out
+
+
+def test_the_json_log_has_the_originals_keys_first_and_the_printed_values(trained):
+    found = rows(trained.folder)
+    for epoch, (row, (acc1, acc5, loss)) in enumerate(zip(found, evaluations(trained.out))):
+        assert list(row)[:7] == ["train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"]
+        assert row["epoch"] == epoch and row["n_parameters"] == 23_549_315 and row["world_size"] == 1 and row["global_batch"] == 8
+        assert (round(row["test_acc1"], 3), round(row["test_acc5"], 3), round(row["test_loss"], 3)) == (acc1, acc5, loss)
+        assert row["train_lr"] == pytest.approx(1e-5 + (2.5e-4 - 1e-5) * (1 + math.cos(math.pi * epoch / 3)) / 2, rel=1e-9)
+        last = [line for line in epoch_lines(trained.out) if int(line["epoch"]) == epoch][-1]
+        assert row["train_loss"] == pytest.approx(float(last["average"]), abs=1e-4)
+        assert row["train_lr"] == pytest.approx(float(last["lr"]), rel=1e-5)
+        assert row["fps"] == pytest.approx(float(last["fps"]), rel=0.01)
+    assert len(found) == 3 and found[-1]["max_acc1"] == max(row["test_acc1"] for row in found)
+
+
+def test_a_checkpoint_holds_all_that_a_run_needs_to_go_on(trained):
+    last = load(trained.folder / "checkpoint.pth")
+    assert {"model", "optimizer", "schedule", "scaler", "epoch", "best_accuracy", "options", "classes"} <= last.keys()
+    assert last["epoch"] == 2 and last["classes"] == ["flower", "leaves", "temple"]
+    assert last["best_accuracy"] == rows(trained.folder)[-1]["max_acc1"]
+    assert isinstance(last["options"], dict) and last["options"]["lr"] == 0.016 and last["options"]["model"] == "alt_gvt_small"
+    assert {float(entry["step"]) for entry in last["optimizer"]["state"].values()} == {9.0}
+    assert sorted(path.name for path in trained.folder.iterdir()) == ["checkpoint.pth", "checkpoint_best.pth", "log.txt"]
+
+
+def test_the_last_accuracy_is_that_of_plain_torch_with_the_saved_weights(trained, data):
+    row, expected = rows(trained.folder)[-1], oracle("alt_gvt_small", load(trained.folder / "checkpoint.pth")["model"], data)
+    assert (row["test_acc1"], row["test_acc5"], row["test_loss"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_best_checkpoint_is_of_the_best_epoch(trained):
+    accuracies = [row["test_acc1"] for row in rows(trained.folder)]
+    assert load(trained.folder / "checkpoint_best.pth")["epoch"] == accuracies.index(max(accuracies))
+
+
+def test_a_terminal_shows_a_progress_bar(data):
+    screen, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, b"\x18\0\x64\0\0\0\0\0")  # 24 lines of 100
+    command = [sys.executable, str(ROOT / "main.py"), *usual(data), SMALL, "--epochs=1"]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal closes with its last writer
+        while piece := os.read(screen, 4096):
+            shown += piece
+    os.close(screen)
+    assert process.wait() == 0
+    shown = shown.decode()
+    assert re.search(r"\rEpoch: \[0\]: 100%\|\S+\| 3/3 \[", shown) and re.search(r"loss=\d\.\d{4} \(\d\.\d{4}\)", shown)
+    assert "* Acc@1" in shown and "eta:" not in shown
+
+
+# ---- several ranks ----
+
+def test_two_ranks_equal_one_with_the_same_global_batch(works, run_ranks, data, tmp_path):
+    words = [*PLAIN, TWINS, "--opt=sgd", "--lr=0.4", "--epochs=2", "--print-freq=1", "--dist-eval", "--output_dir"]
+    works(*words, tmp_path / "one", "--batch-size=12")
+    done = run_ranks(2, *usual(data), *words, tmp_path / "two", "--batch-size=6")
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two")):
+        for key in ("train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "global_batch", "steps"):
+            assert two[key] == pytest.approx(one[key], rel=1e-4), key
+        assert two["world_size"] == 2
+    assert rows(tmp_path / "two")[1]["train_loss"] < rows(tmp_path / "two")[0]["train_loss"]
+    one, two = (load(tmp_path / name / "checkpoint.pth")["model"] for name in ("one", "two"))
+    assert_close(two, one, rtol=1e-3, atol=1e-5)
+    assert "global batch   12 = 6 x 2 ranks x 1 accumulated, 2 iterations" in done.stdout and done.stdout.count("Recipe") == 1
+    assert len(epoch_lines(done.stdout)) == 4
+
+
+@pytest.mark.parametrize("ranks, words", [(3, ["--dist-eval"]), (2, [])])
+def test_an_evaluation_is_exact_on_several_ranks(trained, run_ranks, data, ranks, words):
+    path = trained.folder / "checkpoint.pth"
+    done = run_ranks(ranks, *usual(data), TWINS, "--batch-size=2", "--eval", "--resume", path, *words)
+    assert done.returncode == 0, done.stderr
+    (found,), expected = evaluations(done.stdout), oracle("alt_gvt_small", load(path)["model"], data)
+    assert found == pytest.approx(expected, abs=6e-4)
+    assert f"on the {VAL_IMAGES} test images: {found[0]:.3f}%" in done.stdout
+
+
+def test_accumulation_averaging_and_repeated_augmentation_work_on_two_ranks(run_ranks, data, tmp_path):
+    done = run_ranks(2, *usual(data), SMALL, "--aa=none", "--repeated-aug", "--accum-steps=2", "--model-ema",
+                     "--model-ema-decay=0.5", "--epochs=2", "--batch-size=4", "--dist-eval", "--output_dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "global batch   16 = 4 x 2 ranks x 2 accumulated, 3 iterations an epoch" in done.stdout
+    assert [row["steps"] for row in rows(tmp_path)] == [3, 3] and "test_ema_acc1" in rows(tmp_path)[1]
+    assert {float(entry["step"]) for entry in load(tmp_path / "checkpoint.pth")["optimizer"]["state"].values()} == {4.0}
+
+
+# ---- options that change a training ----
+
+def test_two_accumulated_batches_are_one_of_twice_the_size(works, tmp_path):
+    words = [SMALL, *PLAIN, "--opt=sgd", "--lr=1", "--epochs=2", "--no-eval", "--output_dir"]
+    works(*words, tmp_path / "halves", "--batch-size=6", "--accum-steps=2")
+    works(*words, tmp_path / "whole", "--batch-size=12")
+    halves, whole = rows(tmp_path / "halves"), rows(tmp_path / "whole")
+    assert [row["train_loss"] for row in halves] == pytest.approx([row["train_loss"] for row in whole], rel=1e-5)
+    assert [row["train_lr"] for row in halves] == [row["train_lr"] for row in whole]
+    assert_close(load(tmp_path / "halves" / "checkpoint.pth")["model"], load(tmp_path / "whole" / "checkpoint.pth")["model"])
+
+
+@pytest.mark.parametrize("words", [
+    "--mixup 0 --cutmix 1", "--mixup 0 --cutmix 0 --smoothing 0", "--cutmix-minmax 0.2 0.8 --mixup-mode elem", "--repeated-aug",
+    "--opt sgd --momentum 0.8", "--attn explicit --window-padding mask"])
+def test_twins_trains_a_step_with(works, words):
+    loss, = printed_losses(works(TWINS, *words.split(), "--max_step=1", "--no-eval").out)
+    assert 0 < loss < 3
+
+
+def test_gradient_checkpointing_changes_no_loss(works):
+    words = [TWINS, *PLAIN, "--max_step=2", "--print-freq=1", "--no-eval", "--lr=0.016"]
+    assert printed_losses(works(*words, "--grad-checkpointing").out) == printed_losses(works(*words).out)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains_to_nearly_the_same_loss(works, amp, tmp_path):
+    words = [TWINS, *PLAIN, "--batch-size=2", "--max_step=2", "--print-freq=1", "--lr=0.016", "--no-eval"]
+    mixed, full = works(*words, "--amp", amp, "--output_dir", tmp_path), works(*words)
+    assert f"precision      {amp}\n" in mixed.out
+    assert printed_losses(mixed.out)[0] == pytest.approx(printed_losses(full.out)[0], rel=0.02)
+    assert (load(tmp_path / "checkpoint.pth")["scaler"].get("scale", 0) > 0) == (amp == "fp16")
+
+
+def test_a_compiled_model_trains_and_saves_its_own_names(works, monkeypatch, tmp_path, small):
+    compiled, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or compile(net, backend="eager"))  # no C++ compiler's minute
+    words = [SMALL, *PLAIN, "--max_step=2", "--print-freq=1", "--output_dir"]
+    fast, slow = works(*words, tmp_path / "fast", "--compile"), works(*words, tmp_path / "slow")
+    assert len(compiled) == 1 and printed_losses(fast.out) == pytest.approx(printed_losses(slow.out), abs=2e-4)
+    assert load(tmp_path / "fast" / "checkpoint.pth")["model"].keys() == load(small / "checkpoint.pth")["model"].keys()
+
+
+def test_the_strongest_augmentation_reads_every_image(works):
+    works(SMALL, "--aa=rand-m10-n8-inc1", "--epochs=2", "--no-eval")  # posterizes to 0 bits, among others
+
+
+def test_a_seed_decides_the_whole_run(works):
+    words = [SMALL, "--epochs=2", "--print-freq=1", "--lr=0.1"]  # with every augmentation
+    first, second, other = (printed_losses(works(*words, f"--seed={seed}").out) for seed in (3, 3, 4))
+    assert first == second != other
+
+
+def test_max_step_ends_a_run_normally_in_the_middle_of_an_epoch(works, tmp_path):
+    done = works(SMALL, "--epochs=5", "--max_step=4", "--output_dir", tmp_path)
+    assert [(row["epoch"], row["steps"]) for row in rows(tmp_path)] == [(0, 3), (1, 1)]
+    assert len(evaluations(done.out)) == 2 and done.out.count("Max accuracy:") == 2
+    assert all(row["fps"] > 0 and row["test_acc1"] is not None for row in rows(tmp_path))
+    assert load(tmp_path / "checkpoint.pth")["epoch"] == 1
+    assert "Training time" in done.out
+
+
+def test_without_evaluation_a_run_still_leaves_statistics_and_a_checkpoint(works, tmp_path):
+    done = works(SMALL, "--epochs=1", "--max_step=2", "--no-eval", "--output_dir", tmp_path)
+    row, = rows(tmp_path)
+    assert not evaluations(done.out) and "Max accuracy" not in done.out
+    assert (row["test_acc1"], row["steps"]) == (None, 2) and row["train_loss"] > 0
+    assert load(tmp_path / "checkpoint.pth")["epoch"] == 0
+
+
+def test_val_interval_evaluates_every_so_many_epochs_and_after_the_last(works, tmp_path):
+    works(SMALL, "--epochs=5", "--val-interval=2", "--output_dir", tmp_path)
+    assert [row["test_acc1"] is not None for row in rows(tmp_path)] == [False, True, False, True, True]
+
+
+def test_the_moving_average_is_evaluated_saved_and_can_be_evaluated_again(works, tmp_path, data):
+    works(SMALL, *PLAIN, "--lr=0.1", "--epochs=2", "--model-ema", "--model-ema-decay=0.5", "--output_dir", tmp_path)
+    saved, row = load(tmp_path / "checkpoint.pth"), rows(tmp_path)[-1]
+    expected = oracle("test_convnext", saved["model_ema"], data)
+    assert (row["test_ema_acc1"], row["test_ema_acc5"], row["test_ema_loss"]) == pytest.approx(expected, rel=1e-4)
+    assert row["test_ema_loss"] != row["test_loss"]
+    assert row["max_acc1"] == max(r[key] for r in rows(tmp_path) for key in ("test_acc1", "test_ema_acc1"))
+    again = works(SMALL, "--eval", "--model-ema", "--resume", tmp_path / "checkpoint.pth")
+    assert evaluations(again.out)[0] == pytest.approx(expected, abs=6e-4)
+
+
+def test_the_moving_average_of_one_update_is_the_mixture_of_two_weights(works, tmp_path):
+    words = [SMALL, *PLAIN, "--lr=0.1", "--no-eval", "--model-ema", "--model-ema-decay=0.75", "--output_dir"]
+    works(*words, tmp_path / "one", "--max_step=1")
+    works(*words, tmp_path / "two", "--max_step=2")
+    one, two = load(tmp_path / "one" / "checkpoint.pth"), load(tmp_path / "two" / "checkpoint.pth")
+    assert_close(two["model_ema"], {key: 0.75 * one["model_ema"][key] + 0.25 * two["model"][key] for key in two["model"]})
+
+
+def test_throughout_measures_the_forward_pass(works):
+    done = works(TWINS, "--throughout", "--batch-size=2")
+    batch, rate = re.fullmatch(r"batch_size (\d+) throughput (\d+\.\d+)\n", done.out).groups()
+    assert int(batch) == 2 and float(rate) > 0
+
+
+# ---- distillation ----
+
+@pytest.fixture(scope="module")
+def distilled(trained, works):
+    """distilled(*words) -> the loss of a batch of all training images, with `trained` as student and teacher"""
+    def run(*words):
+        weights = trained.folder / "checkpoint.pth"
+        return printed_losses(works(TWINS, *PLAIN, "--finetune", weights, "--teacher-model=alt_gvt_small", "--teacher-path", weights,
+                                    f"--batch-size={TRAIN_IMAGES}", "--max_step=1", "--no-eval", *words).out)[0]
+    return run
+
+
+def test_soft_distillation_from_an_equal_teacher_leaves_the_students_share_of_the_loss(distilled):
+    assert distilled("--distillation-type=soft", "--distillation-alpha=1", "--distillation-tau=3") == 0
+    plain = distilled("--distillation-type=soft", "--distillation-alpha=0")
+    assert distilled("--distillation-type=soft", "--distillation-alpha=0.25") == pytest.approx(0.75 * plain, abs=2e-4)
+
+
+def test_hard_distillation_learns_the_teachers_decision(distilled, trained, data):
+    net = timm.create_model("alt_gvt_small", num_classes=CLASSES).eval()
+    net.load_state_dict(load(trained.folder / "checkpoint.pth")["model"])
+    with torch.no_grad():
+        logits = net(images_of(data, "train")[0])
+    decided = F.cross_entropy(logits, logits.argmax(1)).item()
+    assert distilled("--distillation-type=hard", "--distillation-alpha=1") == pytest.approx(decided, abs=2e-4)
+
+
+# ---- going on ----
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(works, small, tmp_path):
+    words = [SMALL, *PLAIN, "--epochs=2", "--lr=0.1", "--output_dir", tmp_path]
+    works(*words, "--max_step=3")
+    assert len(rows(tmp_path)) == 1
+    done = works(*words, "--resume=auto")
+    assert re.search(rf"Resuming from {tmp_path}/checkpoint(_best)?.pth, after epoch 0", done.out)  # both are of epoch 0
+    assert {int(line["epoch"]) for line in epoch_lines(done.out)} == {1}
+    for straight, resumed in zip(rows(small), rows(tmp_path)):
+        for key in ("epoch", "train_lr", "train_loss", "test_acc1", "test_loss", "max_acc1"):
+            assert resumed[key] == pytest.approx(straight[key], rel=1e-5), key
+    straight, resumed = load(small / "checkpoint.pth"), load(tmp_path / "checkpoint.pth")
+    assert len(rows(tmp_path)) == 2 and resumed["best_accuracy"] == straight["best_accuracy"]
+    assert_close(resumed["model"], straight["model"])
+    for number, entry in straight["optimizer"]["state"].items():
+        assert_close(resumed["optimizer"]["state"][number], entry)
+
+
+def test_a_named_checkpoint_goes_on_into_another_folder(works, small, tmp_path):
+    done = works(SMALL, *PLAIN, "--epochs=3", "--resume", small / "checkpoint.pth", "--output_dir", tmp_path / "new")
+    row, = rows(tmp_path / "new")
+    assert f"Resuming from {small}/checkpoint.pth, after epoch 1" in done.out and row["epoch"] == 2
+    assert row["max_acc1"] >= load(small / "checkpoint.pth")["best_accuracy"] > 0
+
+
+def test_twins_goes_on_with_its_optimizer_and_best_accuracy(works, trained):
+    done = works(TWINS, *PLAIN, "--epochs=4", "--lr=0.016", "--max_step=1", "--no-eval", "--resume", trained.folder / "checkpoint.pth")
+    line, = epoch_lines(done.out)
+    assert int(line["epoch"]) == 3 and float(line["loss"]) < 1.2 * rows(trained.folder)[-1]["train_loss"]
+    expected = 1e-5 + (2.5e-4 - 1e-5) * (1 + math.cos(math.pi * 3 / 4)) / 2
+    assert float(line["lr"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_best_accuracy_survives_a_worse_epoch_after_a_resume(works, small, tmp_path):
+    content = load(small / "checkpoint.pth") | {"best_accuracy": 99.5}
+    torch.save(content, tmp_path / "checkpoint.pth")
+    done = works(SMALL, *PLAIN, "--epochs=3", "--resume=auto", "--output_dir", tmp_path)
+    assert "Max accuracy: 99.50%" in done.out and load(tmp_path / "checkpoint.pth")["best_accuracy"] == 99.5
+    assert not (tmp_path / "checkpoint_best.pth").exists()
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_best(works, small, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(small, folder)
+    last, best = folder / "checkpoint.pth", folder / "checkpoint_best.pth"
+    last.write_bytes(last.read_bytes()[:1000])
+    os.utime(best, (1, 1))
+    after = load(best)["epoch"]
+    done = works(SMALL, *PLAIN, "--epochs=3", "--resume=auto", "--output_dir", folder)
+    assert f"Resuming from {best}, after epoch {after}" in done.out
+    assert [row["epoch"] for row in rows(folder)] == [0, 1, 2]
+
+
+def test_a_finished_run_says_that_nothing_is_left(works, small, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(small, folder)
+    before = files(folder)
+    done = works(SMALL, "--epochs=2", "--resume=auto", "--output_dir", folder)
+    assert "Nothing to train: epoch 2 of 2 is next (--epochs)" in done.out and files(folder) == before
+
+
+def test_a_new_run_in_a_used_folder_moves_the_old_files_aside(works, small, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(small, folder)
+    before = files(folder)
+    done = works(SMALL, "--epochs=1", "--output_dir", folder)
+    assert f"An earlier run's files in {folder} are now checkpoint.pth.1, checkpoint_best.pth.1, log.txt.1" in done.out
+    assert all((folder / f"{name}.1").read_bytes() == content for name, content in before.items())
+    assert [row["epoch"] for row in rows(folder)] == [0]
+
+
+def test_weights_alone_start_a_training_at_epoch_0_and_say_so(works, small, tmp_path):
+    torch.save({"model": load(small / "checkpoint.pth")["model"]}, tmp_path / "official.pth")
+    done = works(SMALL, *PLAIN, "--epochs=1", "--lr=0", "--min-lr=0", "--weight-decay=0", "--resume", tmp_path / "official.pth",
+                 "--output_dir", tmp_path / "run")
+    assert f"{tmp_path}/official.pth holds weights only: the training starts at epoch 0" in done.out
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == [0]
+    assert_close(load(tmp_path / "run" / "checkpoint.pth")["model"], load(small / "checkpoint.pth")["model"])  # a rate of 0
+
+
+def test_start_epoch_says_where_to_begin_without_a_checkpoint(works, tmp_path):
+    works(SMALL, "--start_epoch=1", "--epochs=3", "--output_dir", tmp_path)
+    assert [row["epoch"] for row in rows(tmp_path)] == [1, 2]
+
+
+# ---- fine-tuning ----
+
+@pytest.fixture(scope="session")
+def two_classes(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two") / "classes"
+    shutil.copytree(data, folder, ignore=shutil.ignore_patterns("leaves"))
+    return folder
+
+
+@pytest.mark.parametrize("how", [["--finetune"], ["--finetune", "yes", "--resume"]])
+def test_fine_tuning_to_other_classes_replaces_the_head_and_trains_in_train_mode(works, trained, two_classes, tmp_path, monkeypatch, how):
+    modes, forward = set(), torch.nn.Dropout.forward
+
+    def watch(module, x):
+        modes.add(module.training)
+        return forward(module, x)
+
+    monkeypatch.setattr(torch.nn.Dropout, "forward", watch)
+    weights = trained.folder / "checkpoint_best.pth"
+    done = works(TWINS, "--data-path", two_classes, "--drop=0.1", "--lr=0", "--min-lr=0", "--warmup-lr=0", "--max_step=1", "--no-eval",
+                 "--output_dir", tmp_path, *how, weights)
+    assert f"Fine-tuning from {weights}: its head has 3 classes and the data 2, so the head starts anew" in done.out
+    assert rows(tmp_path)[0]["epoch"] == 0 and modes == {True}
+    saved, old = load(tmp_path / "checkpoint.pth"), load(weights)["model"]
+    head = {"head.weight", "head.bias"}
+    assert saved["model"]["head.weight"].shape == (2, 512) and saved["classes"] == ["flower", "temple"]
+    body = saved["model"].keys() - head
+    assert_close({key: saved["model"][key] for key in body}, {key: old[key] for key in body})  # a rate of 0
+
+
+def test_fine_tuning_to_as_many_classes_keeps_the_head(works, trained):
+    done = works(TWINS, *PLAIN, "--finetune", trained.folder / "checkpoint.pth", "--max_step=1", "--no-eval")
+    assert f"Fine-tuning from {trained.folder}/checkpoint.pth\n" in done.out
+    assert printed_losses(done.out)[0] < 1.2 * rows(trained.folder)[-1]["train_loss"]
+
+
+# ---- evaluation of other people's files ----
+
+def published(state):
+    """name -> what is written"""
+    return {
+        "official.pth": state, "model.pth": {"model": state}, "timm.pth": {"state_dict": state},
+        "original.pth": {"model": state, "epoch": 299, "args": argparse.Namespace(lr=5e-4, model="alt_gvt_small")},
+        "ddp.pth": {"model": {f"module.{key}": value for key, value in state.items()}},
+        "compiled.pth": {f"_orig_mod.{key}": value for key, value in state.items()}}
+
+
+@pytest.mark.parametrize("name", [*published({}), "weights.safetensors"])
+def test_every_kind_of_file_evaluates_to_the_same_accuracy(works, trained, data, tmp_path, name):
+    state = load(trained.folder / "checkpoint.pth")["model"]
+    save_file(state, tmp_path / name) if name.endswith("safetensors") else torch.save(published(state)[name], tmp_path / name)
+    done = works(TWINS, "--eval", "--resume", tmp_path / name)
+    (found,), expected = evaluations(done.out), (rows(trained.folder)[-1][key] for key in ("test_acc1", "test_acc5", "test_loss"))
+    assert found == pytest.approx(tuple(expected), abs=6e-4)
+    assert done.out.endswith(f"Accuracy of the network on the {VAL_IMAGES} test images: {found[0]:.3f}%\n") and "Epoch:" not in done.out
+    (tmp_path / name).unlink()
+
+
+def test_an_evaluation_needs_no_training_images(works, small, data, tmp_path):
+    shutil.copytree(data / "val", tmp_path / "data" / "val")
+    done = works(SMALL, "--data-path", tmp_path / "data", "--eval", "--resume", small / "checkpoint.pth")
+    assert evaluations(done.out)[0][0] == pytest.approx(rows(small)[-1]["test_acc1"], abs=6e-4)
+
+
+# ---- a loss that is not finite ----
+
+def names_of_batch(data, epoch, batch, size, rank=0, ranks=1):
+    paths = [path for path, _ in datasets.ImageFolder(data / "train").samples]
+    sampler = ShuffleSampler(paths, ranks, rank, seed=0)
+    sampler.set_epoch(epoch)
+    return [paths[i] for i in list(sampler)[batch * size:(batch + 1) * size]]
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_with_status_3_and_the_files(start, small, data, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(small, folder)
+    before = files(folder)
+    done = start(SMALL, *PLAIN, "--epochs=9", "--resume=auto", "--lr=1e30", "--output_dir", folder)  # the first update ruins the weights
+    assert done.status == 3 and files(folder) == before
+    assert done.err == ("error: the loss is not finite in epoch 2, at or before iteration 2: lower --lr, or look at the images of that "
+                        f"batch: {', '.join(names_of_batch(data, 2, 1, 8))}\n")
+
+
+def test_a_loss_that_is_not_finite_ends_all_ranks(run_ranks, small, data, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(small, folder)
+    before = files(folder)
+    done = run_ranks(2, *usual(data), SMALL, *PLAIN, "--epochs=9", "--resume=auto", "--lr=1e30", "--batch-size=4",
+                     "--output_dir", folder)
+    assert done.returncode == 1 and files(folder) == before  # torchrun's own status; its summary has ours
+    assert re.search(r"exitcode +: 3", done.stderr) and "NonFiniteLoss" not in done.stderr
+    names = ", ".join(name for rank in range(2) for name in names_of_batch(data, 2, 1, 4, rank, ranks=2))
+    assert [line for line in done.stderr.splitlines() if line.startswith("error")] == [
+        f"error: the loss is not finite in epoch 2, at or before iteration 2: lower --lr, or look at the images of that batch: {names}"]
+
+
+# ---- mistakes ----
+
+@pytest.fixture
+def place(tmp_path, small):
+    """A folder with an earlier run in run/; what a mistake may not change."""
+    shutil.copytree(small, tmp_path / "run")
+    (tmp_path / "file").write_text("not a folder")
+    return tmp_path
+
+
+def broken_data(kind, data, folder):
+    shutil.copytree(data, folder)
+    image = folder / "train" / "leaves" / "03.png"
+    if kind == "empty class":
+        shutil.rmtree(image.parent)
+        image.parent.mkdir()
+    elif kind == "other classes":
+        (folder / "val" / "leaves").rename(folder / "val" / "branches")
+    elif kind == "no val":
+        shutil.rmtree(folder / "val")
+    elif kind == "unreadable":
+        image.write_bytes(image.read_bytes()[:60])
+    elif kind == "no image":
+        image.write_text("<html>404</html>")
+    elif kind == "unreadable in val":
+        (folder / "val" / "leaves" / "09.png").write_bytes(b"")
+    elif kind == "fewer classes":
+        shutil.rmtree(folder / "train" / "temple")
+        shutil.rmtree(folder / "val" / "temple")
+    return folder
+
+
+MISTAKES = {  # kind: words, a regular expression of the message; DATA, RUN and FILE stand for paths
+    "missing path": ("--data-path DATA/nothing", r"--data-path DATA/nothing: no such folder"),
+    "empty path": ("--data-path=", r"no data set: --data-path FOLDER"),
+    "no val": ("--data-path DATA", r"--data-path DATA: it has no folder val/ \(expected train/ and val/\)"),
+    "empty class": ("--data-path DATA", r"--data-path DATA: .*leaves.*: every class is a folder in train/ with at least one image"),
+    "other classes": ("--data-path DATA", r"--data-path DATA: train/ has 3 classes and val/ 3, and they differ: only in train \['leaves'\], "
+                      r"only in val \['branches'\]: make the folders agree"),
+    "wrong model": ("--model=alt_gvt_smal", r"--model alt_gvt_smal: no such model: one of pcpvt_small_v0, .*timm\.list_models\(\)"),
+    "weights of another model": (
+        "--model=test_vit --resume RUN/checkpoint.pth",
+        r"RUN/checkpoint.pth does not fit: it is of another model \(--model\); missing keys: .* more; unexpected keys: .* more"),
+    "fine-tuning from another model": (f"{TWINS} --finetune RUN/checkpoint.pth", r"RUN/checkpoint.pth does not fit: it is of another .*"),
+    "fewer classes": ("--data-path DATA --eval --resume RUN/checkpoint.pth", r"RUN/checkpoint.pth does not fit: it was trained on "
+                      r"another number of classes; other shapes: head\.fc\.weight \(3, \d+\), not \(2, \d+\), .*"),
+    "missing checkpoint": ("--resume RUN/epoch9.pth", r"no checkpoint RUN/epoch9.pth: look at the path"),
+    "missing weights": ("--finetune RUN/epoch9.pth", r"no checkpoint RUN/epoch9.pth: look at the path"),
+    "no checkpoint": ("--resume FILE", r"cannot read the checkpoint FILE .*"),
+    "auto without a checkpoint": ("--resume auto --output_dir DATA", r"--resume auto: no checkpoint.pth in DATA"),
+    "auto without a folder": ("--resume auto --output_dir=", r"--resume auto looks in --output_dir: say which folder"),
+    "odd batch": ("--batch-size 7", r"--batch-size 7 is odd, and mixup pairs the images of a batch: use an even batch, or .*"),
+    "large batch": ("--batch-size 26", r"the training set has 24 images, too few for one batch of 26 on each of 1 ranks: .*"),
+    "no GPU": ("--device cuda", r"--device cuda: no cuda device is visible: .* or use --device cpu"),
+    "no second GPU": ("--device cuda:1", r"--device cuda:1: no cuda device is visible: .* or use --device cpu"),
+    "no NPU": ("--device npu", r"--device npu: no npu device is visible.* or use --device cpu"),
+    "no such device": ("--device tpu", r"--device tpu: say npu, cuda, gpu, cpu or auto, or one card as npu:3 or cuda:3"),
+    "unwritable folder": ("--output_dir FILE/run", r"--output_dir FILE/run cannot be written \(Not a directory\): choose another folder"),
+    "missing teacher": ("--distillation-type soft --teacher-model alt_gvt_small --teacher-path RUN/t.pth", r"no checkpoint RUN/t.pth: .*"),
+    "wrong teacher": ("--distillation-type soft --teacher-model resnet --teacher-path RUN/t.pth",
+                      r"--teacher-model resnet: Unknown model \(resnet\): .*"),
+    "no apex": ("--amp apex", r"--amp apex: .*: install Ascend's apex, or go on without it: --amp auto"),
+    "wrong optimizer": ("--opt adamww", r"--opt adamww: .*\btimm\b.*"),
+    "NPU's optimizer": ("--opt npufusedadamw", r"--opt npufusedadamw runs on an NPU, not on cpu: use --opt adamw"),
+    "unknown option": ("--batchsize 3", r"unrecognized arguments: --batchsize 3 \(python main.py --help lists the options\)"),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_a_mistake_is_one_line_before_training_and_changes_nothing(start, place, data, monkeypatch, kind):
+    monkeypatch.setattr(devices, "available", lambda kind: 0)
+    data = broken_data(kind, data, place / "data")
+    before = files(place)
+    words, message = MISTAKES[kind]
+    for name, path in (("DATA", data), ("RUN", place / "run"), ("FILE", place / "file")):
+        words, message = words.replace(name, str(path)), message.replace(name, re.escape(str(path)))
+    done = start(SMALL, "--epochs=3", "--output_dir", place / "run", *words.split())
+    assert done.status == 2 and "Epoch:" not in done.out, done.err
+    assert re.fullmatch(rf"error: {message}( \(python main.py --help lists the options\))?\n", done.err), done.err
+    assert files(place) == before
+
+
+@pytest.mark.parametrize("kind, path", [("unreadable", "train/leaves/03.png"), ("no image", "train/leaves/03.png"),
+                                        ("unreadable in val", "val/leaves/09.png")])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named_when_it_is_met(start, place, data, kind, path, workers):
+    data = broken_data(kind, data, place / "data")
+    before = files(place)
+    done = start(SMALL, "--data-path", data, f"--num_workers={workers}", "--resume", place / "run" / "checkpoint.pth", "--epochs=3")
+    image = re.escape(str(data / path))
+    assert done.status == 2
+    assert re.fullmatch(rf"error: cannot read the image {image} \(.+\): replace it or remove it\n", done.err), done.err
+    assert files(place) == before
+
+
+def test_a_mistake_on_the_real_command_line_is_one_line(run_main, place):
+    done = run_main(*usual(place / "nothing"), SMALL, "--output_dir", place / "new")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: --data-path {place}/nothing: no such folder\n"
+    assert not (place / "new").exists()
+
+
+def test_a_mistake_on_two_ranks_is_said_once(run_ranks, data, place):
+    before = files(place)
+    done = run_ranks(2, *usual(data), SMALL, "--batch-size=14", "--output_dir", place / "run")
+    assert done.returncode != 0 and "Epoch:" not in done.stdout and files(place) == before
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert errors == ["error: the training set has 24 images, too few for one batch of 14 on each of 2 ranks: use a smaller --batch-size"]
+    assert re.search(r"exitcode +: 2", done.stderr) and 'main.py", line' not in done.stderr
+
+
+def test_a_crash_shows_its_traceback_and_has_status_1(start, monkeypatch):
+    def crash(*args, **kwargs):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(engine, "train_one_epoch", crash)
+    done = start(SMALL, "--epochs=1")
+    assert done.status == 1 and "Traceback" in done.err and done.err.endswith("RuntimeError: shapes differ\n")
