@@ -228,11 +228,11 @@ train() {
         command+=(--standalone) # any free port: runs can share a machine
     fi
     command+=("$repo/main.py" --model "$model" --batch-size "$batch_size" --drop-path 0.3 --dist-eval
-        --epochs "$epochs" --data-path "$data_path" --output_dir "$output_dir" --device "$device")
+        --epochs "$epochs" --data-path "$data_path" --output_dir "$output_dir" --device "$device" "${recipe[@]}")
     if [[ $max_step ]]; then command+=(--max_step "$max_step"); fi
     if [[ $workers ]]; then command+=(--num_workers "$workers"); fi
     if [[ $finetune_pth ]]; then command+=(--finetune "$finetune_pth"); fi
-    command+=("${recipe[@]}" "${extra[@]}")
+    command+=("${extra[@]}")
 
     link "output/$card/train_$card.log" "$test_dir/train_$card.log"
     link "output/$card/$case_name.log" "$test_dir/$case_name.log"

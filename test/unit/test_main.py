@@ -341,6 +341,12 @@ def test_val_interval_evaluates_every_so_many_epochs_and_after_the_last(works, t
     assert [row["test_acc1"] is not None for row in rows(tmp_path)] == [False, True, False, True, True]
 
 
+def test_a_run_without_a_right_answer_still_has_a_best_checkpoint(works, monkeypatch, tmp_path):
+    monkeypatch.setattr(engine, "evaluate", lambda *_, **__: {"loss": 9.0, "acc1": 0.0, "acc5": 0.0, "images": VAL_IMAGES})
+    done = works(SMALL, "--epochs=2", "--output_dir", tmp_path)
+    assert done.out.count("Max accuracy: 0.00%") == 2 and load(tmp_path / "checkpoint_best.pth")["epoch"] == 0
+
+
 def test_the_moving_average_is_evaluated_saved_and_can_be_evaluated_again(works, tmp_path, data):
     works(SMALL, *PLAIN, "--lr=0.1", "--epochs=2", "--model-ema", "--model-ema-decay=0.5", "--output_dir", tmp_path)
     saved, row = load(tmp_path / "checkpoint.pth"), rows(tmp_path)[-1]
@@ -612,8 +618,8 @@ MISTAKES = {  # kind: words, a regular expression of the message; DATA, RUN and 
     "empty path": ("--data-path=", r"no data set: --data-path FOLDER"),
     "no val": ("--data-path DATA", r"--data-path DATA: it has no folder val/ \(expected train/ and val/\)"),
     "empty class": ("--data-path DATA", r"--data-path DATA: .*leaves.*: every class is a folder in train/ with at least one image"),
-    "other classes": ("--data-path DATA", r"--data-path DATA: train/ has 3 classes and val/ 3, and they differ: only in train \['leaves'\], "
-                      r"only in val \['branches'\]: make the folders agree"),
+    "other classes": ("--data-path DATA", r"--data-path DATA: train/ has 3 classes and val/ 3, and they differ: only in train "
+                      r"\['leaves'\], only in val \['branches'\]: make the folders agree"),
     "wrong model": ("--model=alt_gvt_smal", r"--model alt_gvt_smal: no such model: one of pcpvt_small_v0, .*timm\.list_models\(\)"),
     "weights of another model": (
         "--model=test_vit --resume RUN/checkpoint.pth",
