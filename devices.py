@@ -295,8 +295,12 @@ class Precision:
     def backward(self, loss, optimizer):
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def parameters(self, optimizer):
-        return [p for group in optimizer.param_groups for p in group["params"]]
+    def clip(self, optimizer, max_norm):
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self.device.type == "npu":
+            self.gradients.clip_(optimizer, parameters, max_norm)
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def __call__(self, loss, optimizer, clip_grad=None, need_update=True):
         """Backward; and where need_update, clip and step. clip_grad: largest norm, None or 0 for no clipping."""
@@ -306,11 +310,7 @@ class Precision:
         if clip_grad:
             if self.scaler is not None:
                 self.scaler.unscale_(optimizer)
-            parameters = [p for p in self.parameters(optimizer) if p.grad is not None]
-            if self.device.type == "npu":
-                self.gradients.clip_(optimizer, parameters, clip_grad)
-            else:
-                torch.nn.utils.clip_grad_norm_(parameters, clip_grad)
+            self.clip(optimizer, clip_grad)
         if self.scaler is None:
             optimizer.step()
         else:
@@ -354,7 +354,6 @@ class ApexPrecision(Precision):
 
     def __init__(self, device):
         self.amp, self.device, self.name, self.dtype, self.scaler = load_apex(), device, "apex", None, None
-        self.gradients = FlatGradients()
 
     def initialize(self, model, optimizer):
         return self.amp.initialize(model, optimizer, opt_level="O1", combine_grad=True)
@@ -363,8 +362,9 @@ class ApexPrecision(Precision):
         with self.amp.scale_loss(loss, optimizer) as scaled:
             scaled.backward()
 
-    def parameters(self, optimizer):
-        return list(self.amp.master_params(optimizer))
+    def clip(self, optimizer, max_norm):
+        """In place, since apex steps from gradients that it keeps in a buffer of its own."""
+        torch.nn.utils.clip_grad_norm_(list(self.amp.master_params(optimizer)), max_norm)
 
     def state_dict(self):
         return self.amp.state_dict()
@@ -406,5 +406,5 @@ def optimizer_flavour(device, opt, precision="fp32"):
 
 
 def is_flat(optimizer):
-    """Whether this is torch_npu's flat optimizer: it keeps gradients in one buffer and steps as plain numbers."""
-    return getattr(optimizer, "is_fused_optimizer", False)
+    """Whether this is torch_npu's or apex's flat optimizer: it keeps gradients in one buffer and steps as plain numbers."""
+    return getattr(optimizer, "is_fused_optimizer", False) or getattr(optimizer, "is_npu_fused_optimizer", False)
