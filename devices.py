@@ -252,6 +252,7 @@ class FlatGradients:
             parameter.grad = view
         return [self.buffer]
 
+    @torch.no_grad()
     def clip_(self, optimizer, parameters, max_norm):
         """Scale the gradients so that their common 2-norm is at most max_norm. -> the norm, a tensor"""
         if is_flat(optimizer):

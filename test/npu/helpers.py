@@ -16,7 +16,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import devices  # before torch: it decides what torch may load
+import devices  # noqa: F401  before torch: it decides what torch may load
 
 # isort: split
 
@@ -214,12 +214,6 @@ def between_lines(steps):
     return [steps[i] for i in (2, 3, 4, 6, 7, 8, 9)]  # steps[i]: from the loss of step i - 1 to that of step i
 
 
-if __name__ == "__main__":
-    status, steps = counting(sys.argv[2:])
-    Path(f"{sys.argv[1]}.{os.environ['RANK']}").write_text(json.dumps(steps))
-    sys.exit(status)
-
-
 def write_package(folder, files):
     """A package for PYTHONPATH, from {path: text}."""
     for name, text in files.items():
@@ -232,9 +226,7 @@ def python_path(folder):
     return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def devices_of(text):
-    """The device that the log says."""
-    return setting(text, "device").partition(" ")[0]
-
-
-assert devices  # imported for what it does
+if __name__ == "__main__":
+    status, steps = counting(sys.argv[2:])
+    Path(f"{sys.argv[1]}.{os.environ['RANK']}").write_text(json.dumps(steps))
+    sys.exit(status)
