@@ -41,6 +41,8 @@ def explain_import(error):
 
 if asked_for(sys.argv) in ("cpu", "cuda"):
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+# CPU threads that spin while they wait make a step 10 times as long where another process has one of the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 try:
     import torch
 except (ImportError, RuntimeError, OSError) as error:
