@@ -6,12 +6,11 @@ best_accuracy, options, classes}. It reads with weights_only on any device, and 
 import argparse
 import os
 import pickle
+import shutil
 import tempfile
-import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 LAST, BEST = "checkpoint.pth", "checkpoint_best.pth"
@@ -57,12 +56,11 @@ def read(path):
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # the original's hold their arguments so
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, SafetensorError,
-            zipfile.BadZipFile) as error:
-        raise ValueError(f"cannot read the checkpoint {path} ({first_line(error)}): it is damaged or no checkpoint") from error
     except pickle.UnpicklingError as error:
         raise ValueError(f"cannot read the checkpoint {path} safely ({first_line(error)}): it holds more than weights and "
                          "numbers; save its state dict again") from error
+    except Exception as error:  # damaged files fail in every way that readers of zip, pickle and tensors can
+        raise ValueError(f"cannot read the checkpoint {path} ({first_line(error)}): it is damaged or no checkpoint") from error
 
 
 def first_line(error):
@@ -75,6 +73,8 @@ def model_state(content, path="the checkpoint", ema=False):
     state = next((content[name] for name in names if isinstance(content.get(name), dict)), None) if isinstance(content, dict) else None
     if state is None and isinstance(content, dict) and not ema:
         state = content
+    if ema and not state:
+        raise ValueError(f"{path} holds no moving average: it was trained without --model-ema")
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no weights: expected a state dict, or one under 'model' or 'state_dict'")
     cleaned = {}
@@ -125,12 +125,23 @@ def find_newest(folder):
     raise ValueError(damaged[0] if damaged else f"--resume auto: no {LAST} in {folder}")
 
 
-def prepare_folder(folder, keep):
-    """Make the folder of a run and see that it can be written. keep: an earlier run goes on in it.
+def check_classes(content, classes, path="the checkpoint"):
+    """ValueError where the checkpoint knows other classes, or the same ones in another order."""
+    theirs = content.get("classes") if isinstance(content, dict) else None
+    if isinstance(theirs, list) and theirs != list(classes):
+        where = next((i for i, (a, b) in enumerate(zip(theirs, classes)) if a != b), min(len(theirs), len(classes)))
+        raise ValueError(f"{path} was trained on other classes: {len(theirs)} and the data {len(classes)}, number {where} is "
+                         f"{theirs[where:where + 1]} there and {list(classes[where:where + 1])} here: use its data, or --finetune")
 
-    Otherwise an earlier run's files are renamed to NAME.1, NAME.2, ...: nothing is lost. -> the new names
+
+def prepare_folder(folder, resumed=None):
+    """Make the folder of a run and see that it can be written. resumed: the checkpoint that the run goes on from.
+
+    A run that goes on in its own folder keeps the files there; else an earlier run's are renamed to NAME.1, NAME.2, ...:
+    nothing is lost. A run that goes on elsewhere takes its best checkpoint along. -> the new names
     """
     folder, moved = Path(folder), []
+    here = resumed is not None and Path(resumed).resolve().parent == folder.resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -138,8 +149,10 @@ def prepare_folder(folder, keep):
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}): choose another folder") from error
     present = [path for name in (LAST, BEST, "log.txt") if (path := folder / name).exists()]
-    if present and not keep:
+    if present and not here:
         number = next(n for n in range(1, 10**6) if not any(Path(f"{path}.{n}").exists() for path in present))
         for path in present:
             moved.append(path.rename(f"{path}.{number}").name)
+    if resumed is not None and not here and (best := Path(resumed).with_name(BEST)).is_file():
+        shutil.copyfile(best, folder / BEST)
     return moved

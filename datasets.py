@@ -29,7 +29,11 @@ from torchvision.transforms import InterpolationMode
 from samplers import EvalSampler, RASampler, ShuffleSampler
 
 
-class UnreadableImage(ValueError):
+class DataError(ValueError):
+    """Something wrong with the data that shows only when they are read, perhaps in a loader's worker."""
+
+
+class UnreadableImage(DataError):
     """An image that cannot be decoded; the message has its path."""
 
 
@@ -256,9 +260,12 @@ class ShardedImages(IterableDataset):
         if not order:
             return
         pipeline = webdataset.DataPipeline(webdataset.SimpleShardList(order), webdataset.tarfile_to_samples())
-        for i, sample in enumerate(pipeline):
-            if own or i % parts == part:
-                yield sample
+        try:
+            for i, sample in enumerate(pipeline):
+                if own or i % parts == part:
+                    yield sample
+        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+            raise DataError(f"cannot read one of the shards {', '.join(order[:3])} ({error}): write it again") from error
 
     def decode(self, sample):
         name = f"{sample['__url__']}/{sample['__key__']}"
@@ -290,7 +297,7 @@ class ShardedImages(IterableDataset):
                 if not wanted:
                     return
             if not got:
-                raise ValueError(f"{Path(self.shards[0]).parent}: too few images for {parts} workers: use fewer --num_workers")
+                raise DataError(f"{Path(self.shards[0]).parent}: too few images for {parts} workers: use fewer --num_workers")
 
 
 def scan_shards(shards):

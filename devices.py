@@ -74,6 +74,11 @@ class NeedsRestart(Exception):
     """torch_npu is loaded, no NPU is visible and the run falls back to cpu or cuda: start again without torch_npu."""
 
 
+def restart_without_npu():
+    """Run this program again, from its first line, without torch_npu."""
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})
+
+
 def available(kind):
     """How many devices of this kind are visible: cuda or npu."""
     module = getattr(torch, kind, None)
@@ -140,6 +145,7 @@ def explain(error):
     """The error itself, or a DeviceError that says in one line what a known failure means."""
     text = str(error)
     port = os.environ.get("MASTER_PORT", "29500")
+    memory = "the device is out of memory: use a smaller --batch-size (and --accum-steps), or --grad-checkpointing"
     for sign, remedy in {
         "EADDRINUSE": f"port {port} is in use: another run has it; set MASTER_PORT to a free one",
         "address already in use": f"port {port} is in use: another run has it; set MASTER_PORT to a free one",
@@ -147,8 +153,8 @@ def explain(error):
                   "the log above; HCCL_CONNECT_TIMEOUT is the limit in seconds",
         "EI0002": "HCCL: a rank waited too long for another (EI0002): look for a rank that died in the log above; "
                   "HCCL_EXEC_TIMEOUT is the limit in seconds",
-        "out of memory": "the device is out of memory: use a smaller --batch-size (and --accum-steps), or "
-                         "--grad-checkpointing",
+        "CUDA out of memory": memory,
+        "NPU out of memory": memory,
         "No NPUs are available": "no NPU is visible: look at `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES, or use "
                                  "--device cpu",
     }.items():

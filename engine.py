@@ -9,10 +9,10 @@ from utils import MetricLogger
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss became inf or nan; `names` are the images of this rank's first bad batch (none: it was another rank's)."""
+    """The loss became inf or nan at `step`, on the images `names`. A rank without a bad batch: step None, no names."""
 
     def __init__(self, epoch, step, names):
-        super().__init__(f"the loss is not finite in epoch {epoch}, at or before iteration {step}")
+        super().__init__(f"the loss is not finite in epoch {epoch}, iteration {step}")
         self.step, self.names = step, names
 
 
@@ -40,7 +40,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     log = MetricLogger(f"Epoch: [{epoch}]", total, (getattr(data_loader, "batch_size", None) or 1) * ranks, print_freq, quiet)
     window = []  # of (loss on the device, names)
     optimizer.zero_grad()
-    for step, (images, targets, *names) in log.follow(data_loader):
+    for step, (images, targets, *names) in log.follow(data_loader, limit=total):
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         if mixup_fn is not None:
@@ -63,7 +63,8 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
             finite = [math.isfinite(loss) for loss in losses]
             total_loss, count, bad = add_over_ranks([sum(losses), len(losses), finite.count(False)])
             if bad:
-                raise NonFiniteLoss(epoch, step, window[finite.index(False)][1] if False in finite else ())
+                first = finite.index(False) if False in finite else None
+                raise NonFiniteLoss(epoch, *((None, ()) if first is None else (step + 1 - len(finite) + first, window[first][1])))
             log.line(step, optimizer.param_groups[0]["lr"], memory and memory(), loss=(total_loss, count))
             window.clear()
     log.summary()
@@ -76,11 +77,14 @@ def evaluate(data_loader, model, device, autocast=contextlib.nullcontext, *, sha
              quiet=False, header="Test:"):
     """Cross entropy and accuracy over every image once. -> {loss, acc1, acc5}, in percent, and the number of images
 
-    shared: each rank has its own part of the images, and the sums are added; else each rank has them all. A rank may
-    have no image. With fewer than 5 classes acc5 counts all of them. The model may be wrapped in DDP.
+    shared: each rank has its own part of the images; else each has them all. The sums of all ranks are added. A rank
+    may have no image. With fewer than 5 classes acc5 counts all of them. The model may be wrapped in DDP.
     """
     model = getattr(model, "module", model)  # without DDP: ranks may have different numbers of batches
     model.eval()
+    distributed = dist.is_available() and dist.is_initialized()
+    for buffer in model.buffers() if distributed else ():  # batch norms have seen other images on each rank
+        dist.broadcast(buffer, 0)
     log = MetricLogger(header, len(data_loader), (getattr(data_loader, "batch_size", None) or 1) * ranks, print_freq, quiet)
     sums, images_seen = [], 0  # sums: of (loss, correct, correct in 5) of each batch, on the device
     for step, (images, targets, *_) in log.follow(data_loader):
@@ -97,10 +101,10 @@ def evaluate(data_loader, model, device, autocast=contextlib.nullcontext, *, sha
             sums[-1].tolist()  # the host waits for the device here, so that the time shown is true
             log.line(step)
     totals = torch.stack(sums).cpu().double().sum(0).tolist() if sums else [0.0, 0.0, 0.0]
-    totals = [*totals, images_seen]
-    loss, acc1, acc5, count = add_over_ranks(totals) if shared else totals
-    count = max(count, 1)
-    stats = {"loss": loss / count, "acc1": 100 * acc1 / count, "acc5": 100 * acc5 / count, "images": int(count)}
+    loss, acc1, acc5, count = add_over_ranks([*totals, images_seen])
+    copies = dist.get_world_size() if distributed and not shared else 1
+    stats = {"loss": loss / max(count, 1), "acc1": 100 * acc1 / max(count, 1), "acc5": 100 * acc5 / max(count, 1),
+             "images": int(count) // copies}
     if not quiet:
         print("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats), flush=True)
     return stats

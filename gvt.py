@@ -127,7 +127,10 @@ class PositionalEncodingGenerator(nn.Module):
 
     def forward(self, x):
         """(B, H, W, C) -> (B, H, W, C)"""
-        return x + rearrange(self.proj(rearrange(x, "b h w c -> b c h w")), "b c h w -> b h w c")
+        conv = self.proj[0]
+        weight = conv.weight.flatten(1).view_as(conv.weight)  # so its gradient has the parameter's strides, as DDP wants
+        encoding = F.conv2d(rearrange(x, "b h w c -> b c h w"), weight, conv.bias, padding=1, groups=conv.groups)
+        return x + rearrange(encoding, "b c h w -> b h w c")
 
 
 class PatchEmbed(nn.Module):

@@ -9,6 +9,7 @@
 Exit status: 0 done, 2 something is wrong with what was asked for, 3 the loss was not finite, 1 anything else.
 """
 import os
+import re
 import signal
 import sys
 import time
@@ -49,6 +50,8 @@ def build_model(args, num_classes):
             raise ValueError(str(error)) from error
         raise ValueError(f"--model {args.model}: no such model: one of {', '.join(options.MODELS)}, or one of "
                          "timm.list_models()") from error
+    except TypeError as error:
+        raise ValueError(f"--model {args.model}: {error}: this model of timm's does not train with these options") from error
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
@@ -86,30 +89,34 @@ def build_data(args, ranks):
     return train_loader, loader(val, False, **shared), classes
 
 
-def load_weights(args, net, say):
-    """Put the weights of --finetune or --resume into `net`. -> the checkpoint to go on from, or None
+def load_weights(args, net, classes, say):
+    """Put the weights of --finetune or --resume into `net`. -> the checkpoint to go on from and its path, or None, None
 
     Only --resume goes on; --finetune takes weights, and gives another number of classes a new head.
     """
     if path := options.finetune_file(args):
-        state = checkpoint.model_state(checkpoint.read(path), path)
-        state, other = checkpoint.adapt_head(net, state, net.pretrained_cfg.get("classifier") or "head")
+        content = checkpoint.read(path)
+        state, other = checkpoint.adapt_head(net, checkpoint.model_state(content, path),
+                                             net.pretrained_cfg.get("classifier") or "head")
         checkpoint.load_weights(net, state, path)
         say(f"Fine-tuning from {path}" + (f": its head has {other} classes and the data {net.num_classes}, so the head "
                                           "starts anew" if other else ""))
-        return None
+        if not other and isinstance(content, dict) and content.get("classes", classes) != classes:
+            say(f"note: {path} knows other classes, or another order; their number is the same, so the head stays")
+        return None, None
     path = options.resume_file(args)
     if not path:
-        return None
+        return None, None
     path, content = checkpoint.find_newest(args.output_dir) if path == "auto" else (path, checkpoint.read(path))
-    checkpoint.load_weights(net, checkpoint.model_state(content, path), path)
+    checkpoint.load_weights(net, checkpoint.model_state(content, path, ema=args.eval and args.model_ema), path)
+    checkpoint.check_classes(content, classes, path)
     if args.eval or args.throughout:
-        return content
+        return None, None
     if not isinstance(content, dict) or not {"optimizer", "epoch"} <= set(content):
         say(f"{path} holds weights only: the training starts at epoch {args.start_epoch}")
-        return None
+        return None, None
     say(f"Resuming from {path}, after epoch {content['epoch']}")
-    return content
+    return content, path
 
 
 def recipe(args, ranks, precision, peak_lr, optimizer, net, train_loader):
@@ -143,7 +150,7 @@ def main(args):
 
     train_loader, val_loader, classes = build_data(args, ranks)
     net = build_model(args, len(classes))
-    saved = load_weights(args, net, say)
+    saved, saved_path = load_weights(args, net, classes, say)
     net.to(device)
     devices.seed_everything(args.seed + ranks.rank)  # other drop paths and mixtures on each rank
     precision = devices.make_precision(device, args.amp)
@@ -155,14 +162,13 @@ def main(args):
         say(f"batch_size {min(args.batch_size, len(val_loader.dataset))} throughput {rate:.2f}")
         return
     if args.eval:
-        if args.model_ema and saved:
-            checkpoint.load_weights(net, checkpoint.model_state(saved, "the moving average", ema=True), "the moving average")
         stats = evaluate(val_loader, net)
         say(f"Accuracy of the network on the {stats['images']} test images: {stats['acc1']:.3f}%")
         return
 
+    global_batch = args.batch_size * ranks.world_size * args.accum_steps
     optimizer, schedule, peak_lr = optim.build(
-        net, device, lr=args.lr, global_batch=args.batch_size * ranks.world_size * args.accum_steps, epochs=args.epochs,
+        net, device, lr=args.lr, global_batch=global_batch, epochs=args.epochs,
         opt=args.opt, weight_decay=args.weight_decay, momentum=args.momentum, eps=args.opt_eps, betas=args.opt_betas,
         precision=precision.name, sched=args.sched, sched_lag=args.sched_lag, warmup_lr=args.warmup_lr,
         warmup_epochs=args.warmup_epochs, min_lr=args.min_lr, cooldown_epochs=args.cooldown_epochs,
@@ -176,7 +182,7 @@ def main(args):
         schedule.load_state_dict(saved.get("schedule", {}))
         precision.load_state_dict(saved.get("scaler") or saved.get("amp") or {})
         if model_ema is not None and saved.get("model_ema"):
-            checkpoint.load_weights(model_ema.module, checkpoint.model_state(saved, "the moving average", ema=True), "the moving average")
+            checkpoint.load_weights(model_ema.module, checkpoint.model_state(saved, saved_path, ema=True), saved_path)
         start_epoch, best, accuracy = saved["epoch"] + 1, saved.get("best_accuracy", -1.0), saved.get("last_accuracy")
     model = torch.compile(net) if args.compile else net
     if ranks.world_size > 1:
@@ -189,10 +195,10 @@ def main(args):
 
     folder = Path(args.output_dir) if args.output_dir and ranks.is_main else None
     if folder:
-        if moved := checkpoint.prepare_folder(folder, keep=saved is not None):
+        if moved := checkpoint.prepare_folder(folder, resumed=saved_path):
             say(f"An earlier run's files in {folder} are now {', '.join(moved)}")
         utils.keep_epochs_before(folder / "log.txt", start_epoch)
-    say(recipe(args, ranks, precision, peak_lr, optimizer, net, train_loader), flush=True) if ranks.is_main else None
+    say(recipe(args, ranks, precision, peak_lr, optimizer, net, train_loader))
     if start_epoch >= args.epochs:
         say(f"Nothing to train: epoch {start_epoch} of {args.epochs} is next (--epochs)")
 
@@ -208,42 +214,39 @@ def main(args):
                 accum_steps=args.accum_steps, max_steps=steps_left, print_freq=args.print_freq, ranks=ranks.world_size,
                 quiet=not ranks.is_main, memory=partial(devices.max_memory, device))
         except engine.NonFiniteLoss as error:
-            names = [str(train_loader.dataset.name(name)) for name in error.names]
-            if ranks.world_size > 1:  # every rank is here: the first one says them all
-                gathered = [None] * ranks.world_size
-                dist.all_gather_object(gathered, names)
-                names = [name for part in gathered for name in part]
-            raise engine.NonFiniteLoss(epoch, error.step, names) from error
+            found = [(error.step, [str(train_loader.dataset.name(name)) for name in error.names])]
+            if ranks.world_size > 1:  # every rank is here, and knows its own; the earliest is the cause
+                found = [None] * ranks.world_size
+                dist.all_gather_object(found, (error.step, [str(train_loader.dataset.name(name)) for name in error.names]))
+            first = min(step for step, _ in found if step is not None)
+            raise engine.NonFiniteLoss(epoch, first, [name for step, names in found if step == first for name in names]) from error
         steps_left -= stats["steps"] if args.max_step else 0
         last = epoch + 1 == args.epochs or (args.max_step and steps_left <= 0)
 
         tests = {}
         if not args.no_eval and ((epoch + 1) % args.val_interval == 0 or last):
             tests = {f"test_{key}": value for key, value in evaluate(val_loader, net).items() if key != "images"}
-            accuracy = tests["test_acc1"]
-            if model_ema is not None:
+            accuracy = score = tests["test_acc1"]
+            if model_ema is not None:  # what is kept and evaluated is what decides
                 averaged = evaluate(val_loader, model_ema.module, header="Test EMA:")
                 tests |= {f"test_ema_{key}": value for key, value in averaged.items() if key != "images"}
-        scores = [tests[key] for key in ("test_acc1", "test_ema_acc1") if key in tests]
-        improved, best = bool(scores) and max(scores) > best, max([best, *scores])
-        if scores:
+                score = tests["test_ema_acc1"]
+            improved, best = score > best, max(best, score)
             say(f"Max accuracy: {best:.2f}%")
 
-        if folder:
+        if folder:  # the row and the best first: a crash between them and the last checkpoint repeats the epoch
+            utils.append_json(folder / "log.txt", {
+                "train_lr": stats["lr"], "train_loss": stats["loss"], "test_loss": None, "test_acc1": None, "test_acc5": None,
+                "epoch": epoch, "n_parameters": sum(p.numel() for p in net.parameters() if p.requires_grad), **tests,
+                "max_acc1": max(best, 0.0), "fps": stats["fps"], "steps": stats["steps"], "world_size": ranks.world_size,
+                "global_batch": global_batch, "epoch_seconds": time.perf_counter() - epoch_started})
             content = dict(
                 model=net.state_dict(), optimizer=optim.portable_state(optimizer), schedule=schedule.state_dict(),
                 scaler=precision.state_dict(), epoch=epoch, best_accuracy=best, last_accuracy=accuracy, options=vars(args),
                 classes=classes, **({"model_ema": model_ema.module.state_dict()} if model_ema is not None else {}))
-            checkpoint.save(folder / checkpoint.LAST, **content)
-            if improved:
+            if tests and improved:
                 checkpoint.save(folder / checkpoint.BEST, **content)
-            utils.append_json(folder / "log.txt", {
-                "train_lr": stats["lr"], "train_loss": stats["loss"], "test_loss": tests.get("test_loss"),
-                "test_acc1": tests.get("test_acc1"), "test_acc5": tests.get("test_acc5"), "epoch": epoch,
-                "n_parameters": sum(p.numel() for p in net.parameters() if p.requires_grad), **tests, "max_acc1": max(best, 0.0),
-                "fps": stats["fps"], "steps": stats["steps"], "world_size": ranks.world_size,
-                "global_batch": args.batch_size * ranks.world_size * args.accum_steps,
-                "epoch_seconds": time.perf_counter() - epoch_started})
+            checkpoint.save(folder / checkpoint.LAST, **content)
         if last:
             break
     say(f"Training time {timedelta(seconds=int(time.perf_counter() - started))}")
@@ -258,8 +261,8 @@ def complain(error, training):
     text = str(error).strip()
     if isinstance(error, engine.NonFiniteLoss):
         status, text, training = 3, f"{text}: lower --lr, or look at the images of that batch: {', '.join(error.names)}", False
-    elif isinstance(error, datasets.UnreadableImage):  # from a loader's worker it comes with that worker's traceback
-        status, text = 2, text.splitlines()[-1].partition("UnreadableImage: ")[2] or text
+    elif isinstance(error, datasets.DataError):  # from a loader's worker it comes with that worker's traceback
+        status, text = 2, re.sub(r"^datasets\.\w+: ", "", text.splitlines()[-1])
     elif isinstance(error, devices.DeviceError):
         status = 1
     elif isinstance(error, ValueError) and raised_here(error):
@@ -288,7 +291,7 @@ def run(argv=None):
         main(args)
         return 0
     except devices.NeedsRestart:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})
+        devices.restart_without_npu()
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -7,9 +7,6 @@ from timm.scheduler import create_scheduler_v2
 
 import devices
 
-# How an optimizer computes, not what: these stay the running optimizer's own when it takes another one's state.
-IMPLEMENTATION = ("params", "fused", "foreach", "capturable", "differentiable", "decoupled_weight_decay")
-
 
 def effective_lr(lr, global_batch):
     """`lr` is the rate of 512 images a step. DeiT, arXiv 2012.12877."""
@@ -30,11 +27,16 @@ class Schedule:
     def state_dict(self):
         """Only what the options do not say again: plateau counts bad epochs, the others are functions of the epoch."""
         plateau = getattr(self.scheduler, "lr_scheduler", None)
-        return {} if plateau is None else {k: v for k, v in plateau.state_dict().items() if isinstance(v, (int, float, bool))}
+        if plateau is None:
+            return {}
+        return {"rates": [group["lr"] for group in plateau.optimizer.param_groups],
+                **{k: v for k, v in plateau.state_dict().items() if isinstance(v, (int, float, bool))}}
 
     def load_state_dict(self, state):
         plateau = getattr(self.scheduler, "lr_scheduler", None)
         if plateau is not None:
+            for group, rate in zip(plateau.optimizer.param_groups, state.get("rates", ())):
+                group["lr"] = rate
             plateau.__dict__.update({k: v for k, v in state.items() if k in plateau.state_dict()})
 
 
@@ -58,7 +60,9 @@ def build(model, device, *, lr, global_batch, epochs, opt="adamw", weight_decay=
             raise ValueError(f"it has no {unknown[0]} (--opt-{unknown[0]})")
         if "eps" in settings and not ("eps" in accepted and isinstance(accepted["eps"].default, float)):
             settings.pop("eps")  # the option's default is Adam's; adafactor's two and sgd's none are their own
-        if "betas" in settings and len(betas) != len(accepted["betas"].default):
+        if betas is not None and not isinstance(accepted["betas"].default, tuple):
+            raise ValueError("it has no betas (--opt-betas)")
+        if betas is not None and len(betas) != len(accepted["betas"].default):
             raise ValueError(f"--opt-betas takes {len(accepted['betas'].default)} numbers")
         if constructor is not None:
             optimizer = constructor(groups, lr=peak_lr, weight_decay=weight_decay, **settings)
@@ -87,14 +91,15 @@ def portable_state(optimizer):
 def load_state(optimizer, state):
     """Take a portable state. Raises ValueError where it belongs to other parameters or another kind of optimizer.
 
-    Before the first step: torch_npu's flat optimizer ignores what comes later. Its steps are plain numbers, since
-    tensors that alias would count twice; torch's are tensors.
+    The state is moments and steps: rates, decay and betas stay the running optimizer's, as its options say. Before the
+    first step: torch_npu's flat optimizer ignores what comes later. Its steps are plain numbers, since tensors that
+    alias would count twice; torch's are tensors.
     """
     own = optimizer.state_dict()["param_groups"]
     saved = state["param_groups"]
     if [len(group["params"]) for group in own] != [len(group["params"]) for group in saved]:
         raise ValueError("the checkpoint's optimizer has other parameters: was it another model, or another --weight-decay?")
-    groups = [{**old, **{k: v for k, v in new.items() if k not in IMPLEMENTATION}} for old, new in zip(own, saved)]
+    groups = [{**new, **old} for old, new in zip(own, saved)]  # only what an optimizer counts in its groups is the saved one's
     known = {"betas"} & set(own[0]), {"betas"} & set(saved[0])
     if known[0] != known[1]:
         raise ValueError("the checkpoint's optimizer is of another kind (--opt)")

@@ -7,6 +7,7 @@ import argparse
 import math
 
 MODELS = ("pcpvt_small_v0", "pcpvt_base_v0", "pcpvt_large_v0", "alt_gvt_small", "alt_gvt_base", "alt_gvt_large")
+MOMENTUM = ("nesterov", "momentum", "rmsprop", "rmsproptf", "lars", "larc", "nlars", "nlarc", "madgrad", "nvnovograd", "muon")
 DATA_SETS = ("CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19", "DIGITS")
 INAT_LEVELS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 SWITCH = "switch"  # the type of an option that takes no value
@@ -48,7 +49,7 @@ OPTIONS = {
         ("--window-padding",       "zeros",         str,   ("zeros", "mask"),   "ours",  "padded windows: zeros as in the published models, or hidden from the real tokens"),
         ("--grad-checkpointing",   False,           SWITCH, None,               "timm",  "recompute the blocks in the backward pass: less memory, more time"),
         ("--compile",              False,           SWITCH, None,               "timm",  "torch.compile the model"),
-        ("--model-ema",            False,           SWITCH, None,               "deit",  "keep and evaluate an exponential moving average of the weights, too"),
+        ("--model-ema",            False,           SWITCH, None,               "deit",  "keep an exponential moving average of the weights, evaluate it too; its accuracy decides the best"),
         ("--model-ema-decay",      0.9999,          float, None,                "timm",  "its decay an update"),
     ],
     "Precision": [
@@ -114,7 +115,7 @@ OPTIONS = {
     ],
 }
 # fmt: on
-DEFAULTS = {}
+DEFAULTS = {names.split()[0][2:].replace("-", "_"): default for rows in OPTIONS.values() for names, default, *_ in rows}
 
 
 class Parser(argparse.ArgumentParser):
@@ -165,7 +166,6 @@ def get_args_parser(add_help=False):
                 action = group.add_argument(*own, *other, type=kind, default=default, choices=choices, help=note,
                                             metavar=None if choices else kind.__name__.upper())
             action.hidden = other
-            DEFAULTS[dest] = default
     return parser
 
 
@@ -199,7 +199,8 @@ def check(args):
     """Raises ValueError for what cannot work together, before anything is loaded."""
     at_least = dict(batch_size=1, epochs=1, max_step=0, input_size=32, num_workers=0, accum_steps=1, val_interval=1,
                     print_freq=1, start_epoch=0, sched_lag=0, warmup_epochs=0, recount=1, lr=0, weight_decay=0, clip_grad=0,
-                    mixup=0, cutmix=0, distillation_tau=1e-6, decay_epochs=1e-6)
+                    mixup=0, cutmix=0, distillation_tau=1e-6, decay_epochs=1e-6, decay_rate=1e-6, warmup_lr=0, min_lr=0,
+                    cooldown_epochs=0, patience_epochs=0, opt_eps=0)
     for name, least in at_least.items():
         value = getattr(args, name)
         if not math.isfinite(value) or value < least:
@@ -207,11 +208,14 @@ def check(args):
     for name in ("drop", "drop_path", "reprob", "mixup_prob", "mixup_switch_prob", "distillation_alpha", "hflip"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, and must be between 0 and 1")
-    if not 0 <= args.smoothing < 1 or args.drop_path == 1:
-        raise ValueError("--smoothing and --drop-path must be less than 1")
+    for name in ("smoothing", "drop_path", "momentum", "model_ema_decay"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, and must be at least 0 and less than 1")
+    if args.lr_noise is not None and not (len(args.lr_noise) <= 2 and all(0 <= x <= 1 for x in args.lr_noise)):
+        raise ValueError("--lr-noise takes one or two fractions of the schedule, for example 0.4 0.8")
     for name in ("cutmix_minmax", "crop_scale"):
         pair = getattr(args, name)
-        if pair is not None and not (len(pair) == 2 and 0 <= pair[0] <= pair[1] <= 1):
+        if pair is not None and not (len(pair) == 2 and 0 <= pair[0] <= pair[1] <= 1 and pair[1] > 0):
             raise ValueError(f"--{name.replace('_', '-')} takes two numbers between 0 and 1, the smaller first: 0.2 0.8")
     if args.sched == "plateau" and args.no_eval:
         raise ValueError("--sched plateau follows the accuracy: it needs evaluations, not --no-eval")
@@ -224,7 +228,9 @@ def check(args):
         raise ValueError("--finetune starts a new training and --resume goes on with one: give one of them")
     if args.resume == "auto" and not args.output_dir:
         raise ValueError("--resume auto looks in --output_dir: say which folder")
-    if args.eval and not (args.resume or args.finetune or args.pretrained):
+    if args.eval and args.finetune:
+        raise ValueError("--eval evaluates weights as they are: give them as --resume FILE, not --finetune")
+    if args.eval and not (args.resume or args.pretrained):
         raise ValueError("--eval needs weights: --resume FILE, or --pretrained")
     if args.pretrained and (args.resume or args.finetune):
         raise ValueError("--pretrained, --finetune and --resume all bring weights: give one of them")
@@ -252,8 +258,22 @@ def notes(args):
                            "DATA/val, they are found by themselves (python datasets.py shards makes them)")
     idle(["resplit"], "Twins trains without augmentation splits")
     idle(["world_size", "dist_url"], "torchrun says who takes part (torchrun --nproc_per_node=8 main.py ...)")
-    if "adam" in args.opt:
-        idle(["momentum"], f"{args.opt} has betas (--opt-betas)")
+    if "sgd" not in args.opt.lower() and args.opt.lower() not in MOMENTUM:
+        idle(["momentum"], f"{args.opt} has no momentum of this kind (betas: --opt-betas)")
+    if args.opt.lower().startswith(("sgd", "momentum", "nesterov", "lion", "lars", "adafactor")):
+        idle(["opt_eps"], f"{args.opt} has no epsilon, or one of its own")
+    if args.model not in MODELS:
+        idle(["attn", "window_padding"], f"{args.model} is timm's")
+    elif args.model.startswith("pcpvt"):
+        idle(["window_padding"], f"{args.model} has no windows")
+    if args.device == "cpu":
+        idle(["fp32", "hf32"], "a CPU has neither HF32 nor TF32")
+    if args.sched == "none":
+        idle(["warmup_lr", "warmup_epochs", "min_lr", "sched_lag", "lr_noise"], "there is no schedule")
+    if args.data_set in ("CIFAR", "CIFAR10") and args.input_size == 32:
+        idle(["crop_scale", "train_interpolation"], "CIFAR at 32 pixels is padded and cropped, never resized")
+    if resume_file(args):
+        idle(["start_epoch"], "a checkpoint that can be resumed says where to go on")
     if args.sched not in ("step", "plateau", "poly"):
         idle(["decay_rate"], f"the {args.sched} schedule has no decay rate")
     if args.sched != "step":

@@ -8,15 +8,19 @@ curves.png and predictions.png into the run's folder.
 import argparse
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
+import devices  # before torch: it decides what torch may load
+
+# isort: split
 import matplotlib
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import checkpoint
-import devices  # before torch: it decides what torch may load
 import main
+from options import DEFAULTS
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
@@ -64,10 +68,13 @@ def draw_curves(rows, path):
 @torch.no_grad()
 def predict(net, dataset, device, count):
     """The first wrong answers and evenly spread right ones: [(image (3, H, W), true class, predicted, probability)]."""
-    wanted = torch.linspace(0, len(dataset) - 1, min(len(dataset), max(count, 20 * count))).long().unique().tolist()
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        samples = islice(dataset, 20 * count)
+    else:
+        samples = (dataset[i] for i in torch.linspace(0, len(dataset) - 1, min(len(dataset), 20 * count)).long().unique().tolist())
     wrong, right = [], []
-    for start in range(0, len(wanted), 64):
-        images, targets, _ = zip(*(dataset[i] for i in wanted[start:start + 64]))
+    while batch := list(islice(samples, 64)):
+        images, targets, _ = zip(*batch)
         best, which = net(torch.stack(images).to(device)).float().softmax(1).cpu().max(1)
         for image, target, probability, guess in zip(images, targets, best.tolist(), which.tolist()):
             (right if guess == target else wrong).append((image, target, guess, probability))
@@ -101,7 +108,9 @@ def report(folder, data_path=None, device="auto", count=40):
     if best is None:
         raise ValueError(f"{folder} has curves.png now, but no checkpoint for predictions.png")
     content = checkpoint.read(best)
-    args = argparse.Namespace(**{**content["options"], "eval": True, "pretrained": False, "num_workers": 0})
+    if "options" not in content:
+        raise ValueError(f"{best} does not say with which options it was trained: predictions.png needs a checkpoint of ours")
+    args = argparse.Namespace(**{**DEFAULTS, **content["options"], "eval": True, "pretrained": False, "num_workers": 0})
     args.data_path = data_path or args.data_path
     ranks = devices.Ranks(devices.choose(device))
     _, loader, classes = main.build_data(args, ranks)
@@ -122,5 +131,7 @@ if __name__ == "__main__":
     try:
         for picture in report(given.folder, given.data_path, given.device, given.images):
             print(picture)
+    except devices.NeedsRestart:
+        devices.restart_without_npu()
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -1,4 +1,5 @@
 """What do people read while it runs? Log lines, the fps they show, a progress bar, and the JSON log."""
+import itertools
 import json
 import os
 import shutil
@@ -32,11 +33,11 @@ class MetricLogger:
     def window_ends(self, step):
         return step % self.print_freq == 0 or step in (WARMUP_STEPS - 1, self.total - 1)
 
-    def follow(self, batches):
-        """Yield (step, batch), at most `total` of them."""
+    def follow(self, batches, limit=None):
+        """Yield (step, batch), at most `limit` of them."""
         self.start = asked = self.clock()
         self.marks, self.data_time, self.last_step = [(-1, self.start)], 0.0, -1
-        for step, batch in zip(range(self.total), batches):
+        for step, batch in zip(itertools.count() if limit is None else range(limit), batches):
             self.data_time += self.clock() - asked
             yield step, batch
             self.last_step = step
