@@ -119,6 +119,24 @@ def load_weights(args, net, classes, say):
     return content, path
 
 
+def named(error, epoch, dataset, ranks):
+    """The NonFiniteLoss of all ranks: where it began, with the files of the images. Every rank must call this."""
+    own = error.step, [str(dataset.name(name)) for name in error.names]
+    found = [own] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(found, own)
+    first = min(step for step, _ in found if step is not None)  # later ones only caught it from the weights
+    return engine.NonFiniteLoss(epoch, first, [name for step, names in found if step == first for name in names])
+
+
+def save_epoch(folder, row, content, improved):
+    """The row and the best checkpoint first: a crash between them and the last checkpoint repeats the epoch."""
+    utils.append_json(folder / "log.txt", row)
+    if improved:
+        checkpoint.save(folder / checkpoint.BEST, **content)
+    checkpoint.save(folder / checkpoint.LAST, **content)
+
+
 def recipe(args, ranks, precision, peak_lr, optimizer, net, train_loader):
     """What this run does, as it is really used."""
     per_step = args.batch_size * ranks.world_size
@@ -142,7 +160,7 @@ def recipe(args, ranks, precision, peak_lr, optimizer, net, train_loader):
 def main(args):
     """One run. args: as options.parse gives them; nothing changes them."""
     ranks = devices.init_distributed_mode(args.device)
-    device, say = ranks.device, print if ranks.is_main else (lambda *_: None)
+    device, say = ranks.device, partial(print, flush=True) if ranks.is_main else (lambda *_: None)
     devices.set_tensor_float(device, args.fp32, args.hf32)
     devices.seed_everything(args.seed)  # the same weights everywhere
     for note in options.notes(args):
@@ -214,16 +232,11 @@ def main(args):
                 accum_steps=args.accum_steps, max_steps=steps_left, print_freq=args.print_freq, ranks=ranks.world_size,
                 quiet=not ranks.is_main, memory=partial(devices.max_memory, device))
         except engine.NonFiniteLoss as error:
-            found = [(error.step, [str(train_loader.dataset.name(name)) for name in error.names])]
-            if ranks.world_size > 1:  # every rank is here, and knows its own; the earliest is the cause
-                found = [None] * ranks.world_size
-                dist.all_gather_object(found, (error.step, [str(train_loader.dataset.name(name)) for name in error.names]))
-            first = min(step for step, _ in found if step is not None)
-            raise engine.NonFiniteLoss(epoch, first, [name for step, names in found if step == first for name in names]) from error
+            raise named(error, epoch, train_loader.dataset, ranks) from error
         steps_left -= stats["steps"] if args.max_step else 0
         last = epoch + 1 == args.epochs or (args.max_step and steps_left <= 0)
 
-        tests = {}
+        tests, improved = {}, False
         if not args.no_eval and ((epoch + 1) % args.val_interval == 0 or last):
             tests = {f"test_{key}": value for key, value in evaluate(val_loader, net).items() if key != "images"}
             accuracy = score = tests["test_acc1"]
@@ -234,19 +247,17 @@ def main(args):
             improved, best = score > best, max(best, score)
             say(f"Max accuracy: {best:.2f}%")
 
-        if folder:  # the row and the best first: a crash between them and the last checkpoint repeats the epoch
-            utils.append_json(folder / "log.txt", {
+        if folder:
+            row = {
                 "train_lr": stats["lr"], "train_loss": stats["loss"], "test_loss": None, "test_acc1": None, "test_acc5": None,
                 "epoch": epoch, "n_parameters": sum(p.numel() for p in net.parameters() if p.requires_grad), **tests,
                 "max_acc1": max(best, 0.0), "fps": stats["fps"], "steps": stats["steps"], "world_size": ranks.world_size,
-                "global_batch": global_batch, "epoch_seconds": time.perf_counter() - epoch_started})
+                "global_batch": global_batch, "epoch_seconds": time.perf_counter() - epoch_started}
             content = dict(
                 model=net.state_dict(), optimizer=optim.portable_state(optimizer), schedule=schedule.state_dict(),
                 scaler=precision.state_dict(), epoch=epoch, best_accuracy=best, last_accuracy=accuracy, options=vars(args),
                 classes=classes, **({"model_ema": model_ema.module.state_dict()} if model_ema is not None else {}))
-            if tests and improved:
-                checkpoint.save(folder / checkpoint.BEST, **content)
-            checkpoint.save(folder / checkpoint.LAST, **content)
+            save_epoch(folder, row, content, improved)
         if last:
             break
     say(f"Training time {timedelta(seconds=int(time.perf_counter() - started))}")

@@ -31,7 +31,7 @@ import losses
 import main
 
 SIMULATED = "NPU_SIM" in os.environ
-CPU, NPU = torch.device("cpu"), torch.device("npu", 0)
+CPU, NPU = torch.device("cpu"), torch.device("npu", 0) if hasattr(torch, "npu") else None  # None: all is skipped
 # Equal numbers: the simulated NPU has the CPU's kernels, a real one its own.
 SAME = 1e-4 if SIMULATED else 2e-2
 SMALL = "--model=test_convnext"
@@ -132,10 +132,18 @@ def counted_by(path):
 
 # ---- main.py in this process, which saves the imports ----
 
+def use_first_npu():
+    """Autograd aborts in a process that left a device before it used it, so all are used: torch_npu made no stream there."""
+    for i in range(torch.npu.device_count()):
+        torch.ones(1, device=f"npu:{i}")
+    torch.npu.set_device(0)
+
+
 def run(*words, program=main.run):
     """-> status, out, err of main.run; what it changes in this process is put back"""
     out, err, handler, env = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM), dict(os.environ)
     hf32 = torch.npu.conv.allow_hf32, torch.npu.matmul.allow_hf32
+    use_first_npu()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             status = program([str(word) for word in words])
@@ -144,7 +152,7 @@ def run(*words, program=main.run):
     signal.signal(signal.SIGTERM, handler)
     os.environ.clear(), os.environ.update(env)
     torch.npu.conv.allow_hf32, torch.npu.matmul.allow_hf32 = hf32
-    torch.npu.set_device(0)
+    use_first_npu()
     return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
 
 
@@ -163,7 +171,8 @@ def usual(folder, *words):
 # ---- what a run leaves ----
 
 def one_error(text):
-    """The one `error:` line of what main.py wrote."""
+    """The one `error:` line of what main.py wrote; torchrun's own report follows it."""
+    text = text.partition("failed (exitcode")[0]
     lines = [line for line in text.splitlines() if line.startswith("error")]
     assert len(lines) == 1 and "Traceback" not in text, text
     return lines[0]
