@@ -5,6 +5,7 @@ Tokens stay a map (B, H, W, C) from one block to the next. State-dict keys and s
 `twins_*` models share, so published weights load strictly.
 """
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -63,11 +64,14 @@ class LocallyGroupedAttention(nn.Module):
         B, H, W, _ = x.shape
         size = self.window_size
         pad_h, pad_w = -H % size, -W % size
-        if pad_h or pad_w:
-            x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
         rows, cols = (H + pad_h) // size, (W + pad_w) // size
-        x = rearrange(x, "b (rows i) (cols j) c -> (b rows cols) (i j) c", i=size, j=size)
-        q, k, v = heads_of(self.qkv(x), 3, self.num_heads)  # (B rows cols, heads, window_size^2, head_dim)
+        windows = partial(rearrange, pattern="b (rows i) (cols j) c -> (b rows cols) (i j) c", i=size, j=size)
+        if pad_h or pad_w:  # zeros have the bias as q, k and v: no product needed, which may be most of them
+            x = F.pad(F.linear(x, self.qkv.weight), (0, 0, 0, pad_w, 0, pad_h)) + self.qkv.bias
+            x = windows(x)
+        else:
+            x = self.qkv(windows(x))
+        q, k, v = heads_of(x, 3, self.num_heads)  # (B rows cols, heads, window_size^2, head_dim)
         mask = self.real_keys(B, H, W, rows, cols, x.device) if self.mask_padding and (pad_h or pad_w) else None
         x = attention(q, k, v, self.attn_drop if self.training else 0.0, self.fused_attn, mask)
         x = rearrange(x, "(b rows cols) heads (i j) d -> b (rows i) (cols j) (heads d)", rows=rows, cols=cols, i=size)
