@@ -141,7 +141,9 @@ def prepare_folder(folder, resumed=None):
     nothing is lost. A run that goes on elsewhere takes its best checkpoint along. -> the new names
     """
     folder, moved = Path(folder), []
-    here = resumed is not None and Path(resumed).resolve().parent == folder.resolve()
+    here = resumed is not None and Path(resumed).resolve() in [(folder / name).resolve() for name in (LAST, BEST)]
+    if resumed is not None and not here:  # checkpoint.pth.2 of a run that was moved aside has its best beside it, too
+        best = Path(resumed).with_name(BEST + Path(resumed).name.removeprefix(LAST).removeprefix(BEST)).resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -153,6 +155,6 @@ def prepare_folder(folder, resumed=None):
         number = next(n for n in range(1, 10**6) if not any(Path(f"{path}.{n}").exists() for path in present))
         for path in present:
             moved.append(path.rename(f"{path}.{number}").name)
-    if resumed is not None and not here and (best := Path(resumed).with_name(BEST)).is_file():
+    if resumed is not None and not here and best.is_file():
         shutil.copyfile(best, folder / BEST)
     return moved

@@ -237,7 +237,7 @@ class ShardedImages(IterableDataset):
     def __init__(self, shards, transform, is_train, seed=0):
         self.shards, self.transform, self.is_train, self.seed = shards, transform, is_train, seed
         self.classes, counts = read_index(Path(shards[0]).parent, shards)
-        self.total = sum(counts)
+        self.counts, self.total = dict(zip(shards, counts)), sum(counts)
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
         self.rank, self.ranks, self.batch_size = 0, 1, 1
 
@@ -259,13 +259,18 @@ class ShardedImages(IterableDataset):
         order = order[part::parts] if own else order
         if not order:
             return
-        pipeline = webdataset.DataPipeline(webdataset.SimpleShardList(order), webdataset.tarfile_to_samples())
-        try:
-            for i, sample in enumerate(pipeline):
-                if own or i % parts == part:
-                    yield sample
-        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-            raise DataError(f"cannot read one of the shards {', '.join(order[:3])} ({error}): write it again") from error
+        for shard in order:
+            count = 0
+            try:
+                for sample in webdataset.DataPipeline(webdataset.SimpleShardList([shard]), webdataset.tarfile_to_samples()):
+                    if own or count % parts == part:
+                        yield sample
+                    count += 1
+            except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+                raise DataError(f"cannot read the shard {shard} ({error.args[0] if error.args else error!r}): write it again") from error
+            if count != self.counts[shard]:  # a tar that breaks off between members ends like a whole one
+                raise DataError(f"cannot read the shard {shard}: it ends after {count} of {self.counts[shard]} images: write it "
+                                "again, or its index: python datasets.py index")
 
     def decode(self, sample):
         name = f"{sample['__url__']}/{sample['__key__']}"
@@ -273,7 +278,8 @@ class ShardedImages(IterableDataset):
             data = next(sample[kind] for kind in ("jpg", "jpeg", "png", "webp") if kind in sample)
             image, target = Image.open(BytesIO(data)).convert("RGB"), int(sample["cls"])
         except (StopIteration, OSError, KeyError, ValueError, SyntaxError) as error:
-            raise UnreadableImage(f"cannot read the image {name} ({error}): replace it or remove it") from error
+            reason = "no jpg, png or webp beside its label" if isinstance(error, StopIteration) else error
+            raise UnreadableImage(f"cannot read the image {name} ({reason}): replace it or remove it") from error
         return self.transform(image) if self.transform else image, target, name
 
     def __iter__(self):

@@ -41,10 +41,16 @@ import utils
 
 
 def build_model(args, num_classes):
-    own = dict(fused_attn=args.attn == "fused", mask_padding=args.window_padding == "mask")
+    create = partial(timm.create_model, args.model, pretrained=args.pretrained, num_classes=num_classes, drop_rate=args.drop,
+                     drop_path_rate=args.drop_path)
     try:
-        model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=num_classes, drop_rate=args.drop,
-                                  drop_path_rate=args.drop_path, **(own if args.model in options.MODELS else {}))
+        if args.model in options.MODELS:
+            model = create(fused_attn=args.attn == "fused", mask_padding=args.window_padding == "mask")
+        else:
+            try:
+                model = create(img_size=args.input_size)
+            except TypeError:  # models that fit any size do not ask for it
+                model = create()
     except RuntimeError as error:
         if "Unknown model" not in str(error):
             raise ValueError(str(error)) from error
@@ -198,6 +204,8 @@ def main(args):
     if saved:
         optim.load_state(optimizer, saved["optimizer"])
         schedule.load_state_dict(saved.get("schedule", {}))
+        if args.sched == "plateau":
+            say(f"plateau goes on at {optimizer.param_groups[0]['lr']:g}")
         precision.load_state_dict(saved.get("scaler") or saved.get("amp") or {})
         if model_ema is not None and saved.get("model_ema"):
             checkpoint.load_weights(model_ema.module, checkpoint.model_state(saved, saved_path, ema=True), saved_path)

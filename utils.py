@@ -65,9 +65,9 @@ class MetricLogger:
             self.bar.update(step + 1 - self.bar.n)
             self.bar.set_postfix({"lr": f"{lr:.2e}", "fps": f"{fps:.1f}", **values} if lr is not None else {"fps": f"{fps:.1f}"})
             return
-        eta = timedelta(seconds=int(seconds * (self.total - step - 1)))
-        width = len(str(self.total))
-        parts = [f"{self.header}  [{step:>{width}}/{self.total}]", f"eta: {eta}"]
+        total = max(self.total, step + 1)  # the length of a stream of shards is a guess
+        eta = timedelta(seconds=int(seconds * (total - step - 1)))
+        parts = [f"{self.header}  [{step:>{len(str(total))}}/{total}]", f"eta: {eta}"]
         parts += [f"lr: {lr:.6g}"] if lr is not None else []
         parts += [f"{name}: {value}" for name, value in values.items()]
         parts += [f"time: {seconds:.4f}", f"fps:{fps:.2f}", f"data: {data:.4f}"]
