@@ -69,7 +69,8 @@ def repo(tmp_path_factory):
         shutil.copy(path, copy)
     for path in [*(ROOT / "test").glob("*.sh"), *(ROOT / "test").glob("*.txt")]:
         shutil.copy(path, copy / "test")
-    return copy
+    yield copy
+    shutil.rmtree(copy)  # with the checkpoints of all runs
 
 
 @pytest.fixture(scope="session")
@@ -140,7 +141,7 @@ def use_first_npu():
 
 
 def run(*words, program=main.run):
-    """-> status, out, err of main.run; what it changes in this process is put back"""
+    """-> status, out, err of main.run, or of what calls it; what it changes in this process is put back"""
     out, err, handler, env = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM), dict(os.environ)
     hf32 = torch.npu.conv.allow_hf32, torch.npu.matmul.allow_hf32
     use_first_npu()
