@@ -1,10 +1,14 @@
 """What survives a crash: checkpoints are whole, plain, portable, and found again."""
 import argparse
+import io
 import os
 import pickle
+import random
+import struct
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -97,8 +101,13 @@ def test_the_moving_average_is_found_where_ours_and_timm_keep_it():
     weights, average = {"a": torch.zeros(1)}, {"module.a": torch.ones(1)}
     for key in ("model_ema", "state_dict_ema"):
         assert checkpoint.model_state({"model": weights, key: average}, ema=True) == {"a": torch.ones(1)}
-    with pytest.raises(ValueError, match="holds no weights"):
-        checkpoint.model_state({"model": weights}, ema=True)
+
+
+@pytest.mark.parametrize("content", [{"model": {"a": torch.zeros(1)}}, {"a": torch.zeros(1)}, {"model_ema": {}}, {"model_ema": None}, {},
+                                     [1]], ids=str)
+def test_a_file_without_a_moving_average_says_so(content):
+    with pytest.raises(ValueError, match=r"^x\.pth holds no moving average: it was trained without --model-ema$"):
+        checkpoint.model_state(content, "x.pth", ema=True)
 
 
 class Trap:
@@ -133,6 +142,76 @@ def test_what_cannot_be_read_is_one_line_with_the_path(tmp_path, monkeypatch, ki
         checkpoint.read(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert not Path("sprung").exists()
+
+
+@pytest.fixture(scope="module")
+def healthy():
+    """A checkpoint like those of a run, in each format. -> {format: bytes}"""
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "options": {"lr": 5e-4, "aa": None},
+               "classes": ["cat", "dog"], "args": argparse.Namespace(lr=0.1)}
+    written = {"safetensors": safetensors.torch.save(model.state_dict())}
+    for kind, new in (("zip", True), ("old", False)):
+        file = io.BytesIO()
+        torch.save(content, file, _use_new_zipfile_serialization=new)
+        written[kind] = file.getvalue()
+    return written
+
+
+def damage(content, rng):
+    """Cut off, or some bytes changed, zeroed, left out or repeated."""
+    content, where, length = bytearray(content), rng.randrange(len(content)), rng.randint(1, 64)
+    kind = rng.choice(["cut", "flip", "flip", "flips", "zeros", "hole", "twice"])
+    if kind == "cut":
+        del content[where:]
+    elif kind == "zeros":
+        content[where:where + length] = bytes(len(content[where:where + length]))
+    elif kind == "hole":
+        del content[where:where + length]
+    elif kind == "twice":
+        content[where:where] = content[where:where + length]
+    else:
+        for _ in range(1 if kind == "flip" else 8):
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    return bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["zip", "old", "safetensors"])
+def test_a_damaged_checkpoint_is_one_line_or_can_be_read_whatever_the_damage(tmp_path, healthy, kind):
+    """A changed byte of a number is no error that a reader can see. Everything else is a ValueError."""
+    rng, path, refused = random.Random(kind), tmp_path / f"checkpoint.{'safetensors' if kind == 'safetensors' else 'pth'}", 0
+    path.write_bytes(healthy[kind])
+    assert checkpoint.model_state(checkpoint.read(path)).keys() == net().state_dict().keys()
+    for number in range(600):
+        path.write_bytes(damage(healthy[kind], rng))
+        try:
+            checkpoint.read(path)
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error) and len(str(error).splitlines()) == 1, number
+    assert refused > 200
+
+
+@pytest.mark.parametrize("error", [
+    struct.error("unpack requires 8 bytes"), IndexError("pop from empty list"), AssertionError(), TypeError("x"), MemoryError(),
+    OverflowError("large"), RecursionError("deep"), UnicodeDecodeError("utf-8", b"x", 0, 1, "no")], ids=lambda error: type(error).__name__)
+def test_every_failure_of_a_reader_is_one_line_and_the_newest_gives_way(tmp_path, monkeypatch, error):
+    last, best = put(tmp_path, checkpoint.LAST, 10, epoch=5), put(tmp_path, checkpoint.BEST, 99, epoch=2)
+    whole = torch.load
+
+    def fail(path, **kwargs):
+        if path == last:
+            raise error
+        return whole(path, **kwargs)
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(ValueError, match=rf"^cannot read the checkpoint {last} \(.+\): it is damaged or no checkpoint$"):
+        checkpoint.read(last)
+    assert checkpoint.find_newest(tmp_path) == (best, {"epoch": 2})
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, {"epoch": 3}, {"model": {}}, {"model": {"a": 1}}, "weights", torch.ones(2)], ids=str)
@@ -211,27 +290,92 @@ def test_a_folder_without_a_checkpoint_is_an_error_that_names_it(tmp_path):
         checkpoint.find_newest(tmp_path)
 
 
+# ---- classes ----
+
+@pytest.mark.parametrize("theirs, ours, said", [
+    (["cat", "dog"], ["cat", "fox"], "2 and the data 2, number 1 is ['dog'] there and ['fox'] here"),
+    (["cat", "dog", "fox"], ["dog", "cat", "fox"], "3 and the data 3, number 0 is ['cat'] there and ['dog'] here"),
+    (["cat", "dog"], ["cat", "dog", "fox"], "2 and the data 3, number 2 is [] there and ['fox'] here"),
+    (["cat", "dog", "fox"], ["cat", "dog"], "3 and the data 2, number 2 is ['fox'] there and [] here"),
+    ([], ["cat"], "0 and the data 1, number 0 is [] there and ['cat'] here")])
+def test_other_classes_or_another_order_are_said_with_the_first_difference(theirs, ours, said):
+    with pytest.raises(ValueError) as error:
+        checkpoint.check_classes({"classes": theirs}, ours, "x.pth")
+    assert str(error.value) == f"x.pth was trained on other classes: {said}: use its data, or --finetune"
+
+
+@pytest.mark.parametrize("content", [{"classes": ["cat", "dog"]}, {"epoch": 3}, {"classes": None}, {"classes": 2}, [1]], ids=str)
+def test_the_same_classes_and_a_file_that_knows_none_pass(content):
+    checkpoint.check_classes(content, ["cat", "dog"])
+    checkpoint.check_classes(content, ("cat", "dog"))
+
+
+# ---- the folder of a run ----
+
+NAMES = ("checkpoint.pth", "checkpoint_best.pth", "log.txt")
+
+
+def write_run(folder, which, names=NAMES):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_text(f"{name} of {which}")
+    return folder
+
+
+def texts(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
 def test_a_new_run_moves_an_earlier_ones_files_to_the_next_free_number(tmp_path):
     folder = tmp_path / "deep" / "run"
-    assert checkpoint.prepare_folder(folder, keep=False) == []
+    assert checkpoint.prepare_folder(folder) == []
     for number in (1, 2):
-        for name in ("checkpoint.pth", "checkpoint_best.pth", "log.txt"):
-            (folder / name).write_text(f"{name} of run {number}")
+        write_run(folder, f"run {number}")
         (folder / "notes").write_text("mine")
-        assert checkpoint.prepare_folder(folder, keep=False) == [
-            f"checkpoint.pth.{number}", f"checkpoint_best.pth.{number}", f"log.txt.{number}"]
-    assert (folder / "log.txt.1").read_text() == "log.txt of run 1" and (folder / "log.txt.2").read_text() == "log.txt of run 2"
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [f"{name}.{n}" for name in ("checkpoint.pth", "checkpoint_best.pth", "log.txt") for n in (1, 2)] + ["notes"])
+        assert checkpoint.prepare_folder(folder) == [f"checkpoint.pth.{number}", f"checkpoint_best.pth.{number}", f"log.txt.{number}"]
+    assert texts(folder) == {f"{name}.{n}": f"{name} of run {n}" for name in NAMES for n in (1, 2)} | {"notes": "mine"}
 
 
-def test_a_run_that_goes_on_moves_nothing(tmp_path):
-    (tmp_path / "checkpoint.pth").write_text("weights")
-    assert checkpoint.prepare_folder(tmp_path, keep=True) == []
-    assert os.listdir(tmp_path) == ["checkpoint.pth"]
+@pytest.mark.parametrize("name", ["checkpoint.pth", "checkpoint_best.pth"])
+@pytest.mark.parametrize("way", ["as given", "relative", "around", "a link"])
+def test_a_run_that_goes_on_in_its_own_folder_moves_nothing(tmp_path, monkeypatch, name, way):
+    folder = write_run(tmp_path / "run", "run 1")
+    monkeypatch.chdir(tmp_path)
+    if way == "a link":
+        (tmp_path / "link").symlink_to(folder)
+    given = {"as given": folder, "relative": Path("run"), "around": tmp_path / "run" / ".." / "run", "a link": tmp_path / "link"}[way]
+    before = texts(folder)
+    assert checkpoint.prepare_folder(folder, resumed=given / name) == []
+    assert checkpoint.prepare_folder(given, resumed=folder / name) == []
+    assert texts(folder) == before
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+def test_a_run_that_goes_on_in_another_runs_folder_moves_its_files_and_takes_its_best_along(tmp_path):
+    mine, other = write_run(tmp_path / "mine", "mine"), write_run(tmp_path / "other", "other")
+    assert checkpoint.prepare_folder(other, resumed=mine / "checkpoint.pth") == [f"{name}.1" for name in NAMES]
+    assert texts(mine) == {name: f"{name} of mine" for name in NAMES}
+    assert texts(other) == {f"{name}.1": f"{name} of other" for name in NAMES} | {"checkpoint_best.pth": "checkpoint_best.pth of mine"}
+
+
+@pytest.mark.parametrize("names", [("checkpoint.pth",), ("checkpoint.pth", "checkpoint_best.pth")])
+def test_a_run_that_goes_on_in_a_new_folder_takes_its_best_along_where_it_has_one(tmp_path, names):
+    mine = write_run(tmp_path / "mine", "mine", names)
+    assert checkpoint.prepare_folder(tmp_path / "new", resumed=mine / "checkpoint.pth") == []
+    assert texts(tmp_path / "new") == {name: f"{name} of mine" for name in names if "best" in name}
+
+
+def test_an_earlier_run_that_was_moved_aside_goes_on_without_a_loss(tmp_path):
+    folder = write_run(tmp_path, "run 1")
+    checkpoint.prepare_folder(folder)
+    write_run(folder, "run 2")
+    assert checkpoint.prepare_folder(folder, resumed=folder / "checkpoint.pth.1") == [f"{name}.2" for name in NAMES]
+    kept = {f"{name}.{n}": f"{name} of run {n}" for name in NAMES for n in (1, 2)}
+    assert {name: text for name, text in texts(folder).items() if name in kept} == kept
+    assert texts(folder).get("checkpoint_best.pth", "checkpoint_best.pth of run 1") == "checkpoint_best.pth of run 1"
+
+
+@pytest.mark.parametrize("resumed", [None, "elsewhere/checkpoint.pth"])
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, resumed):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=rf"--output_dir {tmp_path}/file/run cannot be written \(Not a directory\): choose another"):
-        checkpoint.prepare_folder(tmp_path / "file" / "run", keep=False)
+        checkpoint.prepare_folder(tmp_path / "file" / "run", resumed)

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -25,6 +26,7 @@ from torchvision import datasets as tv
 from torchvision import transforms
 
 import datasets
+import engine
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 CLASSES = ["flower", "leaves", "temple"]
@@ -431,6 +433,32 @@ def test_evaluation_reads_each_shards_image_once(request, place, ranks, workers)
     assert set(seen.values()) == {1}
 
 
+class Recorder(torch.nn.Module):
+    """Counts the images that it is shown, and knows the class of each."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.seen = known, Counter()
+
+    def forward(self, images):
+        keys = [hashlib.sha1(image.numpy().tobytes()).hexdigest() for image in images]
+        self.seen.update(keys)
+        return torch.nn.functional.one_hot(torch.tensor([self.known[key] for key in keys]), len(CLASSES)) * 9.0
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 16])
+@pytest.mark.parametrize("workers", [0, 2, 4])
+@pytest.mark.parametrize("maxcount", [2, 3, 20])
+def test_an_evaluation_is_shown_each_shards_image_once(tiny_folder, tmp_path, maxcount, workers, batch_size):
+    """Each worker ends with a ragged batch of its own, so that there can be more batches than images by batch size."""
+    datasets.write_shards(tiny_folder, tmp_path, maxcount=maxcount)
+    folder = tv.ImageFolder(tiny_folder / "val", small_transform())
+    model = Recorder({hashlib.sha1(image.numpy().tobytes()).hexdigest(): label for image, label in folder})
+    stats = engine.evaluate(loader_of(tmp_path, False, batch_size, workers), model, torch.device("cpu"), quiet=True)
+    assert model.seen == Counter(model.known.keys()) and len(model.known) == 11
+    assert stats["images"] == 11 and stats["acc1"] == stats["acc5"] == 100
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("place", ["shards", "one_shard"])
@@ -501,6 +529,101 @@ def test_damaged_shards(shards, tmp_path):
     for workers in (0, 1):
         with pytest.raises(datasets.UnreadableImage, match=r"cannot read the image .*000000\.tar/00000000 "):
             names(loader_of(tmp_path / "bad", False, 1, workers))
+
+
+def headers(shard):
+    """Where its members begin."""
+    with tarfile.open(shard) as tar:
+        return [member.offset for member in tar]
+
+
+def damaged(content, starts, kind):
+    if kind == "no tar":
+        return b"no tar" * 200
+    if kind == "empty":
+        return b""
+    if kind == "first header":
+        return b"\xff" * 100 + content[100:]
+    if kind == "within a member":
+        return content[:starts[3] + 600]
+    if kind == "between members":
+        return content[:starts[4]]
+    assert kind == "later header"
+    return content[:starts[4] + 10] + b"\xff" * 100 + content[starts[4] + 110:]
+
+
+def damaged_root(shards, folder, split, kind):
+    """The shards with their index; the second one of the split is damaged."""
+    root = shutil.copytree(shards, folder)
+    shard = root / split / "000001.tar"
+    shard.write_bytes(damaged(shard.read_bytes(), headers(shard), kind))
+    return root
+
+
+def assert_it_names_the_shard(root, is_train, workers):
+    with pytest.raises(datasets.DataError) as error:
+        for epoch in range(2):
+            names(loader_of(root, is_train, 2, workers), epoch)
+    line = str(error.value).splitlines()[-1]
+    assert "cannot read" in line and "/000001.tar" in line and "write it again" in line
+    assert workers or str(error.value) == line
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("kind", ["no tar", "empty", "first header", "within a member"])
+def test_a_damaged_shard_behind_an_index_is_named_when_it_is_read(shards, tmp_path, kind, split, workers):
+    assert_it_names_the_shard(damaged_root(shards, tmp_path / "data", split, kind), split == "train", workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["between members", "later header"])
+def test_a_shard_that_ends_early_is_an_error(shards, tmp_path, kind, workers):
+    """tar takes both for its end; the index knows better."""
+    assert_it_names_the_shard(damaged_root(shards, tmp_path / "data", "val", kind), False, workers)
+
+
+@pytest.mark.parametrize("kind", ["no tar", "empty", "first header", "within a member", "between members", "later header"])
+def test_the_message_of_a_damaged_shard_names_it_alone_in_words(shards, tmp_path, kind):
+    root = damaged_root(shards, tmp_path / "data", "val", kind)
+    with pytest.raises(datasets.DataError) as error:
+        names(loader_of(root, False, 2, 0))
+    assert "BufferedReader" not in str(error.value) and "000000.tar" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_the_damage_of_a_shard_it_is_a_data_error(shards, tmp_path):
+    root, rng = shutil.copytree(shards, tmp_path / "data"), random.Random(0)
+    shard = root / "val" / "000001.tar"
+    whole, found = shard.read_bytes(), datasets.build_dataset(False, root, "IMNET", small_transform())[0]
+    for _ in range(150):
+        content = bytearray(whole)
+        if rng.random() < 0.3:
+            del content[rng.randrange(len(content)):]
+        for _ in range(rng.choice([0, 1, 4])):
+            start = 512 * rng.randrange(len(whole) // 512)  # a header, as often as not
+            content[start:start + 200] = bytes(byte ^ (rng.random() < 0.02) << rng.randrange(8) for byte in content[start:start + 200])
+        shard.write_bytes(content)
+        try:
+            assert len(list(found)) <= 11
+        except datasets.DataError as error:
+            assert len(str(error).splitlines()) == 1
+
+
+@pytest.mark.parametrize("workers", [1, 6])
+def test_a_worker_without_an_image_is_a_data_error(shards, tmp_path, workers):
+    """One shard is empty. A single worker goes round the others."""
+    root = shutil.copytree(shards, tmp_path / "data")
+    with tarfile.open(root / "train" / "000002.tar", "w"):
+        pass
+    datasets.write_index(root / "train", CLASSES)
+    loader = loader_of(root, True, 2, workers)
+    if workers == 1:
+        assert [len(batch) for batch in names(loader)] == [2] * 10
+        return
+    with pytest.raises(datasets.DataError, match=r"too few images for 6 workers: use fewer --num_workers"):
+        for epoch in range(9):  # the shards are dealt anew each epoch, and not every worker has a batch to make
+            names(loader, epoch)
 
 
 def test_shards_cannot_repeat_augmentation(shards):

@@ -78,6 +78,25 @@ def evaluate_on(rank, ranks, count, classes=CLASSES, wrap=False):
     return engine.evaluate(loader, model, CPU, shared=True, ranks=ranks, quiet=True)
 
 
+def evaluate_all_on(rank, ranks, count):
+    """Each rank has every image."""
+    return engine.evaluate(DataLoader(TensorDataset(*images_of(count)), batch_size=2), net(), CPU, quiet=True)
+
+
+def normed(rank):
+    """A net whose batch norm has seen other images on each rank."""
+    model = net()
+    model.insert(2, nn.BatchNorm1d(8))
+    model.train()((1 + 3 * rank) * images_of(16)[0])
+    return model
+
+
+def evaluate_normed_on(rank, ranks, count, shared):
+    data = TensorDataset(*images_of(count))
+    loader = DataLoader(data, batch_size=2, sampler=EvalSampler(data, ranks, rank) if shared else None)
+    return engine.evaluate(loader, normed(rank), CPU, shared=shared, ranks=ranks, quiet=True)
+
+
 def train_on(rank, ranks, accum_steps=1):
     """6 batches of 4 for one rank, or their halves for each of two. -> statistics, weights, number of gradient exchanges"""
     batches = [(images[rank::ranks], targets[rank::ranks], names) for images, targets, names in batches_of(6, 4)]
@@ -100,7 +119,7 @@ def meet_nan_on(rank, ranks):
     try:
         train(net(), batches)
     except engine.NonFiniteLoss as error:
-        return str(error), error.names
+        return error.step, error.names, str(error)
     return None
 
 
@@ -114,6 +133,7 @@ def be_a_rank(rank, folder):
         found = {
             "ragged": evaluate_on(rank, ranks, 11), "in DDP": evaluate_on(rank, ranks, 11, wrap=True),
             "tiny": evaluate_on(rank, ranks, 2), "many classes": evaluate_on(rank, ranks, 13, classes=9), "nan": meet_nan_on(rank, ranks),
+            "all": evaluate_all_on(rank, ranks, 11), "normed": [evaluate_normed_on(rank, ranks, 11, shared) for shared in (True, False)],
             "train": train_on(rank, ranks) if ranks == 2 else None, "accumulate": train_on(rank, ranks, 4) if ranks == 2 else None}
         torch.save(found, f"{folder}/{ranks}.{rank}")
         dist.destroy_process_group()
@@ -323,15 +343,25 @@ def test_a_loss_that_is_not_finite_names_the_first_bad_batch_of_the_window(bad):
     batches = batches_of(12, 2)
     batches[6][0][0, 0, 0, 0] = bad
     batches[8][0][0, 0, 0, 0] = bad
-    with pytest.raises(engine.NonFiniteLoss, match=r"the loss is not finite in epoch 7, at or before iteration 10") as error:
+    with pytest.raises(engine.NonFiniteLoss, match=r"^the loss is not finite in epoch 7, iteration 6$") as error:
         train(net(), batches, epoch=7)
-    assert error.value.names == ["12.png", "13.png"]
+    assert error.value.step == 6 and error.value.names == ["12.png", "13.png"]
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 5, 10, 11, 19, 20, 21, 22])
+def test_a_loss_that_is_not_finite_is_found_in_every_window_at_its_own_iteration(step):
+    batches = batches_of(23, 2)
+    batches[step][0][1] = math.nan
+    with pytest.raises(engine.NonFiniteLoss) as error:
+        train(net(), batches)
+    assert error.value.step == step and error.value.names == [f"{2 * step}.png", f"{2 * step + 1}.png"]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_all_ranks_stop_together_where_one_has_a_bad_batch_and_that_one_names_it(several, ranks):
-    message = "the loss is not finite in epoch 0, at or before iteration 3"
-    assert [found["nan"] for found in several[ranks]] == [(message, ())] * (ranks - 1) + [(message, ["2.png", "3.png"])]
+    *others, (step, names, message) = [found["nan"] for found in several[ranks]]
+    assert (step, names, message) == (1, ["2.png", "3.png"], "the loss is not finite in epoch 0, iteration 1")
+    assert [(step, names) for step, names, _ in others] == [(None, ())] * (ranks - 1)
 
 
 # ---- several ranks ----
@@ -352,10 +382,10 @@ def test_ranks_exchange_gradients_once_an_update(several):
 
 # ---- evaluation ----
 
-def oracle(count, classes=CLASSES):
+def oracle(count, classes=CLASSES, model=None):
     images, targets = images_of(count, classes)
     with torch.no_grad():
-        logits = net(classes)(images)
+        logits = (model or net(classes)).eval()(images)
     order = logits.argsort(dim=1, descending=True)
     return {"loss": F.cross_entropy(logits, targets).item(), "images": count,
             "acc1": 100 * sum(int(row[0] == target) for row, target in zip(order, targets)) / count,
@@ -374,6 +404,22 @@ def test_an_evaluation_equals_plain_torch_over_all_images(count, classes):
 def test_a_shared_evaluation_counts_every_image_once(several, ranks, job, count, classes):
     for found in several[ranks]:
         assert found[job] == pytest.approx(oracle(count, classes), rel=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_an_evaluation_of_which_each_rank_has_all_counts_every_image_once_too(several, ranks):
+    for found in several[ranks]:
+        assert found["all"] == pytest.approx(oracle(11), rel=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_all_ranks_evaluate_with_the_first_ones_batch_statistics(several, ranks):
+    """Those are what a checkpoint holds."""
+    expected = oracle(11, model=normed(0))
+    assert abs(expected["loss"] - oracle(11, model=normed(1))["loss"]) > 1e-3
+    for found in several[ranks]:
+        for stats in found["normed"]:
+            assert stats == pytest.approx(expected, rel=1e-6)
 
 
 def test_with_fewer_than_five_classes_the_top_five_are_all():

@@ -11,6 +11,7 @@ from torch import nn
 
 import gvt  # noqa: F401  registers the models
 import optim
+import options
 
 CPU = torch.device("cpu")
 SCHEDULES = ("cosine", "tanh", "step", "plateau", "poly", "constant", "none")
@@ -122,9 +123,34 @@ def test_eps_reaches_every_optimizer_that_has_one():
     assert build(opt="rmsprop", eps=1e-3)[0].param_groups[0]["eps"] == 1e-3
 
 
-def test_betas_without_effect_are_refused():
-    with pytest.raises(ValueError, match=r"--opt sgd.*betas"):
-        build(opt="sgd", betas=(0.9, 0.99))
+@pytest.mark.parametrize("opt", ["sgd", "adafactor", "rmsprop"])
+def test_betas_without_effect_are_refused(opt):
+    with pytest.raises(ValueError, match=rf"^--opt {opt}: it has no betas \(--opt-betas\): see .*$") as caught:
+        build(opt=opt, betas=(0.9, 0.99))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_note_about_momentum_or_epsilon_is_true_of_every_optimizer():
+    """What changes in the optimizer that is built, against what is said."""
+    wrong = []
+    for opt in timm.optim.list_optimizers():
+        built = {}
+        for word, value in (("", None), ("momentum", 0.8), ("opt_eps", 1e-3)):
+            settings = dict(momentum=0.9, eps=1e-8) | ({word.removeprefix("opt_"): value} if word else {})
+            try:
+                optimizer, _, _ = build(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)), opt=opt, sched="none", **settings)
+            except ValueError as error:
+                assert "CUDA required" in str(error)  # not to be built here
+                break
+            built[word] = repr(numbers(optimizer))
+        else:
+            notes = options.notes(options.parse(["--data-path=x", "--opt", opt, "--momentum=0.8", "--opt-eps=1e-3"]))
+            for word in ("momentum", "opt_eps"):
+                said = any(note.startswith(f"--{word.replace('_', '-')} has no effect") for note in notes)
+                if said != (built[word] == built[""]):
+                    wrong.append((opt, word, "said to be idle" if said else "silently idle"))
+    assert wrong == []
 
 
 @pytest.mark.parametrize("opt", ["nonsense", "", "npufusedadamw"])
@@ -302,24 +328,81 @@ def test_an_untrained_optimizer_has_a_state_too():
     train(model, optimizer, 1, seed=1)
 
 
+OWN = ("lr", "weight_decay", "betas", "eps", "fused", "foreach", "capturable", "differentiable")
+
+
 @pytest.mark.parametrize("saver, loader", [
     (dict(fused=True), dict(foreach=True)), (dict(foreach=True), dict(fused=True)), ({}, dict(fused=True))])
 def test_how_an_optimizer_computes_stays_its_own(saver, loader):
-    """Numbers come from the checkpoint; fused, foreach and the like from the running optimizer."""
+    """Moments and steps come from the checkpoint; fused, foreach and the like, and the numbers, from the running optimizer."""
     model, other = small(), small()
-    first = torch.optim.AdamW([{"params": model.parameters()}], lr=1e-2, weight_decay=0.1, eps=1e-6, **saver)
+    numbers = dict(lr=1e-2, weight_decay=0.1, eps=1e-6, betas=(0.8, 0.95))
+    first = torch.optim.AdamW([{"params": model.parameters()}], **numbers, **saver)
     train(model, first, 3, seed=1)
     other.load_state_dict(model.state_dict())
-    second = torch.optim.AdamW([{"params": other.parameters()}], lr=3e-4, **loader)
-    own = copy.deepcopy({k: v for k, v in second.param_groups[0].items() if k in ("fused", "foreach", "capturable", "differentiable")})
+    second = torch.optim.AdamW([{"params": other.parameters()}], **numbers, **loader)
+    own = copy.deepcopy({key: second.param_groups[0][key] for key in OWN})
     optim.load_state(second, through_a_file(optim.portable_state(first)))
-    group = second.param_groups[0]
-    assert {key: group[key] for key in own} == own
-    assert (group["lr"], group["weight_decay"], group["eps"]) == (1e-2, 0.1, 1e-6)
+    assert {key: second.param_groups[0][key] for key in OWN} == own
     train(model, first, 3, seed=2)
     train(other, second, 3, seed=2)
     for a, b in zip(model.parameters(), other.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def numbers(optimizer):
+    return [{key: value for key, value in group.items() if key not in ("params", "step")} for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("opt, before, now", [
+    ("adamw", dict(eps=1e-8), dict(lr=1e-3, weight_decay=0.3, eps=1e-3, betas=(0.8, 0.9))),
+    ("lamb", dict(betas=(0.9, 0.99)), dict(lr=1e-3, weight_decay=0.3, eps=1e-3, betas=(0.8, 0.9))),
+    ("adan", {}, dict(lr=1e-3, weight_decay=0.3, betas=(0.9, 0.8, 0.7))),
+    ("lion", {}, dict(lr=1e-3, weight_decay=0.3, betas=(0.8, 0.9))),
+    ("sgd", dict(momentum=0.9), dict(lr=1e-3, weight_decay=0.3, momentum=0.5))])
+def test_a_resumed_optimizer_keeps_the_numbers_that_its_options_say(opt, before, now):
+    """Also where no schedule sets the rate anew."""
+    model, other = small(), small()
+    first, _, _ = build(model, opt=opt, sched="none", **before)
+    train(model, first, 3, seed=1)
+    second, schedule, _ = build(other, opt=opt, sched="none", **now)
+    own, saved = copy.deepcopy(numbers(second)), through_a_file(optim.portable_state(first))
+    assert own != numbers(first)
+    optim.load_state(second, saved)
+    schedule.load_state_dict({})
+    schedule.start_epoch(3)
+    assert numbers(second) == own
+    assert [group.get("step") for group in second.param_groups] == [group.get("step") for group in first.param_groups]
+    assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(moments(second)[key])) for key, value in moments(first).items())
+
+
+def test_the_next_update_of_a_resumed_optimizer_decays_by_its_own_weight_decay():
+    """p - rate * decay * p is all that a decay adds to an update of AdamW."""
+    first = small()
+    saver, _, _ = build(first, lr=1e-2, weight_decay=0.05, sched="none")
+    train(first, saver, 3, seed=1)
+    state, after = through_a_file(optim.portable_state(saver)), []
+    for decay in (0.1, 0.4):
+        model = small()
+        model.load_state_dict(first.state_dict())
+        optimizer, _, rate = build(model, lr=5e-3, weight_decay=decay, sched="none")
+        optim.load_state(optimizer, state)
+        train(model, optimizer, 1, seed=2)
+        after.append(model)
+    torch.testing.assert_close(after[1].a.weight, after[0].a.weight - rate * 0.3 * first.a.weight.detach(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(after[1].b.weight, after[0].b.weight)  # exempt
+
+
+def test_the_plateaus_rates_are_in_the_schedules_state():
+    first, schedule, peak = build(sched="plateau", warmup_epochs=0, patience_epochs=1, decay_rate=0.1, sched_lag=0)
+    rates(first, schedule, 5, [None, 40, 40, 40, 40])
+    reduced = first.param_groups[0]["lr"]
+    assert reduced < peak
+    saved = through_a_file(schedule.state_dict())
+    assert saved["rates"] == [reduced] * 2
+    second, schedule, _ = build(sched="plateau", warmup_epochs=0, patience_epochs=1, decay_rate=0.1, sched_lag=0)
+    schedule.load_state_dict(saved)
+    assert [group["lr"] for group in second.param_groups] == [reduced] * 2
 
 
 def test_another_models_state_is_refused():

@@ -165,9 +165,24 @@ def test_the_defaults_and_a_data_set_pass():
     ("--cutmix -1", "--cutmix is -1.0, and must be at least 0"),
     ("--drop 1.5", "--drop is 1.5, and must be between 0 and 1"),
     ("--drop-path -0.1", "--drop-path is -0.1, and must be between 0 and 1"),
-    ("--drop-path 1", "--drop-path must be less than 1"),
-    ("--smoothing 1", "--smoothing and"),
-    ("--smoothing nan", "--smoothing and"),
+    ("--drop-path 1", "--drop-path is 1.0, and must be at least 0 and less than 1"),
+    ("--smoothing 1", "--smoothing is 1.0, and must be at least 0 and less than 1"),
+    ("--smoothing nan", "--smoothing is nan, and must be at least 0 and less than 1"),
+    ("--opt sgd --momentum 5", "--momentum is 5.0, and must be at least 0 and less than 1"),
+    ("--opt sgd --momentum -0.1", "--momentum is -0.1, and must be"),
+    ("--model-ema --model-ema-decay 2", "--model-ema-decay is 2.0, and must be at least 0 and less than 1"),
+    ("--model-ema --model-ema-decay 1", "--model-ema-decay is 1.0, and must be at least 0 and less than 1"),
+    ("--warmup-lr -1", "--warmup-lr is -1.0, and must be at least 0"),
+    ("--min-lr -1", "--min-lr is -1.0, and must be at least 0"),
+    ("--min-lr nan", "--min-lr is nan, and must be at least 0"),
+    ("--sched step --decay-rate 0", "--decay-rate is 0.0, and must be at least 1e-06"),
+    ("--cooldown-epochs -1", "--cooldown-epochs is -1, and must be at least 0"),
+    ("--sched plateau --patience-epochs -1", "--patience-epochs is -1, and must be at least 0"),
+    ("--opt-eps -1", "--opt-eps is -1.0, and must be at least 0"),
+    ("--lr-noise 0.1 0.5 0.9", "--lr-noise takes one or two fractions of the schedule"),
+    ("--lr-noise 40 80", "--lr-noise takes one or two fractions of the schedule"),
+    ("--lr-noise -0.1 0.5", "--lr-noise takes one or two fractions of the schedule"),
+    ("--lr-noise nan", "--lr-noise takes one or two fractions of the schedule"),
     ("--reprob 2", "--reprob is 2.0, and must be between 0 and 1"),
     ("--mixup-prob 2", "--mixup-prob is 2.0"),
     ("--mixup-switch-prob nan", "--mixup-switch-prob is nan"),
@@ -179,6 +194,10 @@ def test_the_defaults_and_a_data_set_pass():
     ("--cutmix-minmax 0.8 0.2", "--cutmix-minmax"),
     ("--sched step --decay-epochs 0", "--decay-epochs is 0.0"),
     ("--crop-scale 0.2", "--crop-scale takes two numbers"),
+    ("--crop-scale 0 0", "--crop-scale takes two numbers between 0 and 1, the smaller first"),
+    ("--crop-scale 0.8 0.2", "--crop-scale takes two numbers"),
+    ("--crop-scale 0.5 1.5", "--crop-scale takes two numbers"),
+    ("--cutmix-minmax 0 0", "--cutmix-minmax takes two numbers"),
     ("--batch-size 5", "--batch-size 5 is odd"),
     ("--batch-size 5 --mixup 0", "--batch-size 5 is odd"),
     ("--batch-size 5 --mixup 0 --cutmix 0 --cutmix-minmax 0.2 0.8", "--batch-size 5 is odd"),
@@ -186,6 +205,8 @@ def test_the_defaults_and_a_data_set_pass():
     ("--finetune a.pth --resume b.pth", "--finetune starts a new training and --resume goes on with one"),
     ("--resume auto", "--resume auto looks in --output_dir"),
     ("--eval", "--eval needs weights"),
+    ("--eval --finetune a.pth", "--eval evaluates weights as they are: give them as --resume FILE, not --finetune"),
+    ("--eval --finetune yes --resume a.pth", "--eval evaluates weights as they are: give them as --resume FILE, not --finetune"),
     ("--eval --no-eval --resume a.pth", "--eval and --no-eval exclude each other"),
     ("--pretrained --resume a.pth", "all bring weights"),
     ("--pretrained --finetune a.pth", "all bring weights"),
@@ -210,8 +231,9 @@ def test_no_data_set(capsys):
 
 @pytest.mark.parametrize("words", [
     "--batch-size 5 --mixup 0 --cutmix 0", "--batch-size 5 --eval --resume a.pth", "--batch-size 5 --throughout", "--clip-grad 0",
-    "--lr 0", "--resume auto --output_dir out", "--eval --pretrained", "--eval --finetune a.pth", "--finetune yes --resume a.pth",
-    "--mixup 0 --cutmix 1",
+    "--lr 0", "--resume auto --output_dir out", "--eval --pretrained", "--eval --resume a.pth", "--finetune yes --resume a.pth",
+    "--mixup 0 --cutmix 1", "--opt sgd --momentum 0", "--model-ema --model-ema-decay 0", "--warmup-lr 0 --min-lr 0", "--lr-noise 0.4",
+    "--lr-noise 0 1", "--crop-scale 1 1", "--crop-scale 0 0.5", "--opt-eps 0", "--sched poly --decay-rate 2", "--cooldown-epochs 0",
     "--mixup 0 --cutmix 0 --smoothing 0", "--distillation-type hard --teacher-model regnety_160", "--opt-betas 0.98 0.92 0.99 --opt adan",
     "--aa none", "--warmup-epochs 0", "--sched none", "--max_step 10 --no-eval"])
 def test_what_is_no_mistake(words):
@@ -251,7 +273,16 @@ IDLE = {
     "--distillation-tau 2": "distillation_tau", "--distillation-alpha 0.3": "distillation_alpha", "--inat-category genus": "inat_category",
     "--reprob 0 --remode const": "remode", "--reprob 0 --recount 3": "recount",
     "--mixup 0 --cutmix 0 --mixup-prob 0.5": "mixup_prob", "--mixup 0 --cutmix 0 --mixup-mode pair": "mixup_mode",
-    "--mixup 0 --cutmix 0 --mixup-switch-prob 0.2": "mixup_switch_prob"}
+    "--mixup 0 --cutmix 0 --mixup-switch-prob 0.2": "mixup_switch_prob", "--opt sgd --opt-eps 1e-3": "opt_eps",
+    "--opt momentum --opt-eps 1e-3": "opt_eps", "--opt lion --opt-eps 1e-3": "opt_eps", "--opt lion --momentum 0.1": "momentum",
+    "--opt lamb --momentum 0.1": "momentum", "--model vit_tiny_patch16_224 --attn explicit": "attn",
+    "--model vit_tiny_patch16_224 --window-padding mask": "window_padding",
+    "--model pcpvt_large_v0 --window-padding mask": "window_padding",
+    "--device cpu --fp32": "fp32", "--device cpu --hf32": "hf32", "--sched none --warmup-epochs 3": "warmup_epochs",
+    "--sched none --warmup-lr 1e-5": "warmup_lr", "--sched none --min-lr 1e-6": "min_lr", "--sched none --sched-lag 0": "sched_lag",
+    "--sched none --lr-noise 0.4 0.9": "lr_noise", "--data-set CIFAR --input-size 32 --crop-scale 0.2 1": "crop_scale",
+    "--data-set CIFAR10 --input-size 32 --train-interpolation bilinear": "train_interpolation",
+    "--resume a.pth --start_epoch 2": "start_epoch", "--resume auto --output_dir out --start_epoch 2": "start_epoch"}
 
 
 @pytest.mark.parametrize("words", IDLE)
@@ -272,6 +303,13 @@ def test_the_gone_loader_says_what_to_use():
     "--sched poly --decay-rate 0.5", "--lr-noise 0.4 0.9 --lr-noise-pct 0.5 --lr-noise-std 0.5", "--aa none --color-jitter 0.3",
     "--remode const --recount 3", "--mixup-prob 0.5 --mixup-mode elem --mixup-switch-prob 0.1", "--model-ema --model-ema-decay 0.9",
     "--distillation-type soft --teacher-model x --distillation-tau 2 --distillation-alpha 0.3", "--data-set INAT --inat-category genus",
-    "--world_size 1 --dist_url env:// --momentum 0.9"])
+    "--world_size 1 --dist_url env:// --momentum 0.9", "--opt-eps 1e-3", "--opt AdamW --opt-eps 1e-3",
+    "--opt rmsprop --opt-eps 1e-3 --momentum 0.8",
+    "--opt lamb --opt-eps 1e-3 --opt-betas 0.8 0.9", "--attn explicit --window-padding mask", "--model pcpvt_small_v0 --attn explicit",
+    "--model vit_tiny_patch16_224", "--fp32", "--hf32", "--device npu:1 --hf32", "--device cuda --fp32", "--device cpu",
+    "--warmup-epochs 3 --warmup-lr 1e-5 --min-lr 1e-6", "--sched constant --warmup-epochs 3 --warmup-lr 1e-5", "--sched none",
+    "--data-set CIFAR --crop-scale 0.2 1 --train-interpolation bilinear",
+    "--input-size 32 --crop-scale 0.2 1 --train-interpolation bilinear",
+    "--data-set CIFAR --input-size 32", "--start_epoch 2", "--finetune a.pth", "--resume a.pth"])
 def test_what_has_an_effect_is_not_noted(words):
     assert options.notes(options.parse([*DATA, *words.split()])) == []

@@ -24,17 +24,19 @@ class Clock:
 
 
 def loop(total, print_freq=10, images=8, seconds=lambda step: 1.0, data=lambda step: 0.0, losses=lambda step: 1.0, header="Epoch: [3]",
-         batches=None, **kwargs):
-    """A training loop whose step takes seconds(step) and whose batch takes data(step). -> the logger"""
+         batches=None, limit=None, loaded=None, **kwargs):
+    """A training loop whose step takes seconds(step) and whose batch takes data(step). loaded: collects them. -> the logger"""
     clock = Clock()
 
     def load():
         for step in range(batches or total):
             clock.now += data(step)
+            if loaded is not None:
+                loaded.append(step)
             yield f"batch {step}"
 
     log, window = MetricLogger(header, total, images, print_freq, clock=clock, **kwargs), []
-    for step, batch in log.follow(load()):
+    for step, batch in log.follow(load(), limit):
         assert batch == f"batch {step}"
         clock.now += seconds(step)
         window.append(losses(step))
@@ -101,9 +103,21 @@ def test_an_epoch_of_one_step_has_a_fps():
     assert loop(total=1, images=6, seconds=lambda step: 2.0, quiet=True).fps() == pytest.approx(3.0)
 
 
-def test_a_loop_ends_after_total_batches_and_asks_for_no_more():
-    log = loop(total=4, batches=9, quiet=True)
-    assert log.last_step == 3
+@pytest.mark.parametrize("batches, limit, steps", [(9, 4, 4), (9, 9, 9), (3, 4, 3)])
+def test_a_limited_loop_ends_after_so_many_batches_and_asks_for_no_more(batches, limit, steps):
+    loaded = []
+    log = loop(total=4, batches=batches, limit=limit, loaded=loaded, quiet=True)
+    assert log.last_step == steps - 1 and loaded == list(range(steps))
+
+
+@pytest.mark.parametrize("total, batches", [(4, 9), (9, 4), (1, 1)])
+def test_a_loop_without_a_limit_follows_every_batch_whatever_its_total(total, batches):
+    assert loop(total=total, batches=batches, quiet=True).last_step == batches - 1
+
+
+def test_a_loop_longer_than_its_total_has_no_negative_eta(capsys):
+    loop(total=4, batches=7, print_freq=1)
+    assert [line["eta"] for line in lines(capsys)] == ["0:00:03", "0:00:02", "0:00:01", *["0:00:00"] * 4]
 
 
 def test_a_quiet_logger_prints_nothing_and_still_counts(capsys):
