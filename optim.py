@@ -59,7 +59,7 @@ def build(model, device, *, lr, global_batch, epochs, opt="adamw", weight_decay=
         if unknown := [name for name in settings if name not in accepted and name != "eps"]:
             raise ValueError(f"it has no {unknown[0]} (--opt-{unknown[0]})")
         if "eps" in settings and not ("eps" in accepted and isinstance(accepted["eps"].default, float)):
-            settings.pop("eps")  # the option's default is Adam's; adafactor's two and sgd's none are their own
+            settings.pop("eps")  # some have none, and some a pair of their own
         if betas is not None and not isinstance(accepted["betas"].default, tuple):
             raise ValueError("it has no betas (--opt-betas)")
         if betas is not None and len(betas) != len(accepted["betas"].default):

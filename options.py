@@ -7,7 +7,9 @@ import argparse
 import math
 
 MODELS = ("pcpvt_small_v0", "pcpvt_base_v0", "pcpvt_large_v0", "alt_gvt_small", "alt_gvt_base", "alt_gvt_large")
-MOMENTUM = ("nesterov", "momentum", "rmsprop", "rmsproptf", "lars", "larc", "nlars", "nlarc", "madgrad", "nvnovograd", "muon")
+# Parts of the names of timm's optimizers that have a --momentum, and of those that have no --opt-eps
+MOMENTUM = ("sgd", "momentum", "nesterov", "rmsprop", "lars", "larc", "madgrad", "nvnovograd", "muon", "kron", "adafactorbv")
+NO_EPSILON = ("sgd", "momentum", "nesterov", "lion", "kron", "adafactorbv")
 DATA_SETS = ("CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19", "DIGITS")
 INAT_LEVELS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 SWITCH = "switch"  # the type of an option that takes no value
@@ -258,9 +260,9 @@ def notes(args):
                            "DATA/val, they are found by themselves (python datasets.py shards makes them)")
     idle(["resplit"], "Twins trains without augmentation splits")
     idle(["world_size", "dist_url"], "torchrun says who takes part (torchrun --nproc_per_node=8 main.py ...)")
-    if "sgd" not in args.opt.lower() and args.opt.lower() not in MOMENTUM:
+    if not any(word in args.opt.lower() for word in MOMENTUM):
         idle(["momentum"], f"{args.opt} has no momentum of this kind (betas: --opt-betas)")
-    if args.opt.lower().startswith(("sgd", "momentum", "nesterov", "lion", "lars", "adafactor")):
+    if any(word in args.opt.lower() for word in NO_EPSILON) and args.opt.lower() != "sgdp":
         idle(["opt_eps"], f"{args.opt} has no epsilon, or one of its own")
     if args.model not in MODELS:
         idle(["attn", "window_padding"], f"{args.model} is timm's")
