@@ -262,7 +262,7 @@ def notes(args):
     idle(["world_size", "dist_url"], "torchrun says who takes part (torchrun --nproc_per_node=8 main.py ...)")
     if not any(word in args.opt.lower() for word in MOMENTUM):
         idle(["momentum"], f"{args.opt} has no momentum of this kind (betas: --opt-betas)")
-    if any(word in args.opt.lower() for word in NO_EPSILON) and args.opt.lower() != "sgdp":
+    if any(word in args.opt.lower() for word in NO_EPSILON) and not args.opt.lower().endswith("sgdp"):
         idle(["opt_eps"], f"{args.opt} has no epsilon, or one of its own")
     if args.model not in MODELS:
         idle(["attn", "window_padding"], f"{args.model} is timm's")

@@ -30,7 +30,7 @@ import engine
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 CLASSES = ["flower", "leaves", "temple"]
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:This DataLoader will create:UserWarning")
 
 
 def photograph(width=90, height=70, x=300, y=150):
@@ -400,7 +400,12 @@ def loader_of(root, is_train, batch_size, workers, rank=0, ranks=1, seed=0):
 
 def names(loader, epoch=0):
     datasets.set_epoch(loader, epoch)
-    return [list(batch[2]) for batch in loader]
+    try:
+        return [list(batch[2]) for batch in loader]
+    except datasets.DataError:
+        if loader.num_workers:
+            loader._iterator._shutdown_workers()  # left to the garbage collector it waits 5 seconds for each
+        raise
 
 
 def flat(batches):

@@ -386,7 +386,7 @@ def test_the_next_update_of_a_resumed_optimizer_decays_by_its_own_weight_decay()
         model = small()
         model.load_state_dict(first.state_dict())
         optimizer, _, rate = build(model, lr=5e-3, weight_decay=decay, sched="none")
-        optim.load_state(optimizer, state)
+        optim.load_state(optimizer, copy.deepcopy(state))
         train(model, optimizer, 1, seed=2)
         after.append(model)
     torch.testing.assert_close(after[1].a.weight, after[0].a.weight - rate * 0.3 * first.a.weight.detach(), rtol=1e-5, atol=1e-7)
@@ -409,7 +409,7 @@ def test_another_models_state_is_refused():
     optimizer, _, _ = build()
     state = optim.portable_state(build(nn.Linear(3, 3))[0])
     with pytest.raises(ValueError, match="another model"):
-        optim.load_state(optimizer, state)
+        optim.load_state(optimizer, copy.deepcopy(state))
 
 
 @pytest.mark.parametrize("saved, loaded", [("sgd", "adamw"), ("adamw", "sgd")])
