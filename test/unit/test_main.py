@@ -13,10 +13,13 @@ import pty
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tarfile
 import termios
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import timm
@@ -28,10 +31,13 @@ from safetensors.torch import save_file
 from test_utils import EPOCH_LINE
 from torchvision import datasets, transforms
 
+import checkpoint
 import devices
 import engine
 import gvt  # noqa: F401  registers the models
 import main
+import utils
+from datasets import write_index, write_shards
 from samplers import ShuffleSampler
 
 TWINS, SMALL = "--model=alt_gvt_small", "--model=test_convnext"
@@ -59,14 +65,23 @@ def usual(data):
 @pytest.fixture(scope="session")
 def start(data):
     """start(*words) -> status, out, err of main.run in this process, on `data` unless the words say otherwise"""
+    build_loader, loaders = main.datasets.build_loader, []
+
+    def build(*args, **kwargs):
+        loaders.append(build_loader(*args, **kwargs))
+        return loaders[-1]
+
     def run(*words):
         out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(main.datasets, "build_loader", build):
             try:
                 status = main.run([*usual(data), *(str(word) for word in words)])
             except SystemExit as stop:  # the parser's
                 status = stop.code
         signal.signal(signal.SIGTERM, handler)
+        while loaders:  # a failed run's workers: left to the garbage collector they take 5 seconds each
+            if (iterator := loaders.pop()._iterator) is not None and hasattr(iterator, "_shutdown_workers"):
+                iterator._shutdown_workers()
         return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
     return run
 
@@ -257,6 +272,62 @@ def test_an_evaluation_is_exact_on_several_ranks(trained, run_ranks, data, ranks
     assert f"on the {VAL_IMAGES} test images: {found[0]:.3f}%" in done.stdout
 
 
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def be_one_of_two(rank, folder, jobs):
+    """main.run(words) for each job, as one rank of two. What it prints goes to NAME.RANK.out and .err."""
+    torch.set_num_threads(1)
+    torch.set_warn_always(True)  # a warning that torch gives once a process may come from any job
+    for name, (port, words) in jobs.items():
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+        streams = [sys.stdout, sys.stderr]
+        for number, stream in enumerate(streams, 1):
+            stream.flush()
+            file = os.open(f"{folder}/{name}.{rank}.{'out' if number == 1 else 'err'}", os.O_CREAT | os.O_WRONLY, 0o644)
+            os.dup2(file, number)
+            os.close(file)
+        status = main.run(words)
+        for stream in streams:
+            stream.flush()
+        assert status == 0, name
+
+
+@pytest.fixture(scope="session")
+def pair(data, tmp_path_factory):
+    """Several runs, one after the other, in two processes that stay. -> folder(name), said(name, rank) -> (out, err)"""
+    folder = tmp_path_factory.mktemp("pair")
+    norm = ["--model=test_resnet", "--lr=1", *PLAIN, "--batch-size=4", "--epochs=2"]
+    words = {"normed, shared": [*norm, "--dist-eval"], "normed, each": norm,
+             "32 pixels": [TWINS, "--batch-size=2", "--max_step=2", "--no-eval"],
+             "64 pixels": [TWINS, "--input-size=64", "--batch-size=2", "--max_step=2", "--no-eval"]}
+    jobs = {name: (free_port(), [*usual(data), *given, "--output_dir", str(folder / name)]) for name, given in words.items()}
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "timm.utils"])
+    torch.multiprocessing.start_processes(be_one_of_two, (str(folder), jobs), nprocs=2, start_method="forkserver")
+    return SimpleNamespace(folder=lambda name: folder / name, said=lambda name, rank: tuple(
+        (folder / f"{name}.{rank}.{kind}").read_text() for kind in ("out", "err")))
+
+
+@pytest.mark.parametrize("name", ["normed, shared", "normed, each"])
+def test_the_accuracy_of_a_model_with_batch_norm_is_that_of_the_saved_weights_on_two_ranks(pair, data, name):
+    row = rows(pair.folder(name))[-1]
+    expected = oracle("test_resnet", load(pair.folder(name) / "checkpoint.pth")["model"], data)
+    assert (row["test_acc1"], row["test_acc5"], row["test_loss"]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["32 pixels", "64 pixels"])
+def test_two_ranks_train_without_a_warning_of_torchs(pair, name):
+    """Gradients have their parameters' strides, so that DDP does not copy them."""
+    out, err = pair.said(name, 0)
+    assert "Epoch: [0]  [1/" in out
+    for text in (err, *pair.said(name, 1)):
+        assert "strides" not in text and "Warning" not in text, text
+
+
 def test_accumulation_averaging_and_repeated_augmentation_work_on_two_ranks(run_ranks, data, tmp_path):
     done = run_ranks(2, *usual(data), SMALL, "--aa=none", "--repeated-aug", "--accum-steps=2", "--model-ema",
                      "--model-ema-decay=0.5", "--epochs=2", "--batch-size=4", "--dist-eval", "--output_dir", tmp_path)
@@ -353,9 +424,21 @@ def test_the_moving_average_is_evaluated_saved_and_can_be_evaluated_again(works,
     expected = oracle("test_convnext", saved["model_ema"], data)
     assert (row["test_ema_acc1"], row["test_ema_acc5"], row["test_ema_loss"]) == pytest.approx(expected, rel=1e-4)
     assert row["test_ema_loss"] != row["test_loss"]
-    assert row["max_acc1"] == max(r[key] for r in rows(tmp_path) for key in ("test_acc1", "test_ema_acc1"))
+    assert row["max_acc1"] == max(r["test_ema_acc1"] for r in rows(tmp_path)) == saved["best_accuracy"]
+    assert saved["last_accuracy"] == row["test_acc1"]
     again = works(SMALL, "--eval", "--model-ema", "--resume", tmp_path / "checkpoint.pth")
     assert evaluations(again.out)[0] == pytest.approx(expected, abs=6e-4)
+
+
+def test_the_moving_averages_accuracy_decides_which_is_the_best(works, monkeypatch, tmp_path):
+    averaged, raw = iter([10.0, 30.0, 20.0]), iter([90.0, 40.0, 95.0])
+    monkeypatch.setattr(engine, "evaluate", lambda *_, header="Test:", **__: {
+        "loss": 1.0, "acc1": next(averaged if "EMA" in header else raw), "acc5": 100.0, "images": VAL_IMAGES})
+    done = works(SMALL, "--epochs=3", "--model-ema", "--output_dir", tmp_path)
+    assert re.findall(r"Max accuracy: (\S+)%", done.out) == ["10.00", "30.00", "30.00"]
+    assert [row["max_acc1"] for row in rows(tmp_path)] == [10, 30, 30] and [row["test_acc1"] for row in rows(tmp_path)] == [90, 40, 95]
+    best, last = load(tmp_path / "checkpoint_best.pth"), load(tmp_path / "checkpoint.pth")
+    assert (best["epoch"], best["best_accuracy"], last["best_accuracy"], last["last_accuracy"]) == (1, 30, 30, 95)
 
 
 def test_the_moving_average_of_one_update_is_the_mixture_of_two_weights(works, tmp_path):
@@ -423,6 +506,113 @@ def test_a_named_checkpoint_goes_on_into_another_folder(works, small, tmp_path):
     row, = rows(tmp_path / "new")
     assert f"Resuming from {small}/checkpoint.pth, after epoch 1" in done.out and row["epoch"] == 2
     assert row["max_acc1"] >= load(small / "checkpoint.pth")["best_accuracy"] > 0
+    assert load(tmp_path / "new" / "checkpoint_best.pth")["best_accuracy"] == row["max_acc1"]
+
+
+def test_a_checkpoint_that_goes_on_in_another_runs_folder_moves_that_runs_files_aside(works, small, tmp_path):
+    other, mine = tmp_path / "other", shutil.copytree(small, tmp_path / "mine")
+    works(SMALL, *PLAIN, "--epochs=2", "--lr=0.1", "--seed=5", "--output_dir", other)
+    before, source = files(other), files(mine)
+    done = works(SMALL, *PLAIN, "--epochs=3", "--lr=0.1", "--resume", mine / "checkpoint.pth", "--output_dir", other)
+    assert f"An earlier run's files in {other} are now checkpoint.pth.1, checkpoint_best.pth.1, log.txt.1" in done.out
+    after = files(other)
+    assert {name: after[f"{name}.1"] for name in before} == before and files(mine) == source
+    assert [row["epoch"] for row in rows(other)] == [2] and load(other / "checkpoint.pth")["epoch"] == 2
+    assert load(other / "checkpoint_best.pth")["best_accuracy"] == rows(other)[-1]["max_acc1"]
+
+
+def test_a_run_that_was_moved_aside_goes_on_without_overwriting_the_later_one(works, small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "run")
+    works(SMALL, *PLAIN, "--epochs=1", "--seed=5", "--output_dir", folder)
+    before = files(folder)
+    works(SMALL, *PLAIN, "--epochs=3", "--lr=0.1", "--resume", folder / "checkpoint.pth.1", "--output_dir", folder)
+    after = files(folder)
+    assert all(after[name if name.endswith(".1") else f"{name}.2"] == content for name, content in before.items())
+    assert [row["epoch"] for row in rows(folder)] == [2]
+
+
+def test_a_resumed_run_uses_the_options_that_it_is_given(works, small, tmp_path):
+    """Not the checkpoint's, also where no schedule sets the rate."""
+    before = load(small / "checkpoint.pth")["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in before} == {0.0, 0.05}
+    done = works(SMALL, *PLAIN, "--sched=none", "--lr=0.064", "--weight-decay=0.3", "--opt-betas", "0.8", "0.9", "--opt-eps=1e-3",
+                 "--epochs=3", "--resume", small / "checkpoint.pth", "--output_dir", tmp_path)
+    block = done.out[done.out.index("Recipe"):done.out.index("Epoch:")]
+    assert "weight decay 0.3" in block and "effective lr   0.001 = 0.064 x 8 / 512" in block
+    after = load(tmp_path / "checkpoint.pth")["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in after] == [0.3 if group["weight_decay"] else 0.0 for group in before]
+    assert {(group["lr"], tuple(group["betas"]), group["eps"]) for group in after} == {(0.001, (0.8, 0.9), 1e-3)}
+    assert rows(tmp_path)[0]["train_lr"] == 0.001 and {float(line["lr"]) for line in epoch_lines(done.out)} == {0.001}
+
+
+def test_a_run_that_is_resumed_with_a_rate_of_0_moves_nothing(works, small, tmp_path):
+    works(SMALL, *PLAIN, "--sched=none", "--lr=0", "--epochs=3", "--resume", small / "checkpoint.pth", "--output_dir", tmp_path)
+    assert_close(load(tmp_path / "checkpoint.pth")["model"], load(small / "checkpoint.pth")["model"])
+
+
+@pytest.mark.parametrize("failing", ["log.txt", "checkpoint_best.pth", "checkpoint.pth"])
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_a_failed_save_loses_neither_a_row_nor_the_best(start, works, monkeypatch, tmp_path, failing, epoch):
+    """Each epoch is better than the one before; the resumed run ends as if nothing had failed."""
+    whole_save, whole_row, whole_evaluate = checkpoint.save, utils.append_json, engine.evaluate
+
+    def evaluate(loader, net, **kwargs):
+        stats = whole_evaluate(loader, net, **kwargs)
+        return stats | {"acc1": 100 * math.exp(-stats["loss"])}
+
+    def save(path, **content):
+        if path.name == failing and content["epoch"] == epoch:
+            raise OSError(28, "No space left on device")
+        whole_save(path, **content)
+
+    def append(path, row):
+        if path.name == failing and row["epoch"] == epoch:
+            raise OSError(28, "No space left on device")
+        whole_row(path, row)
+
+    words = [SMALL, *PLAIN, "--epochs=3", "--lr=0.02", "--output_dir"]
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    works(*words, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save)
+        patch.setattr(utils, "append_json", append)
+        done = start(*words, tmp_path / "run")
+        assert done.status == 1 and "No space left on device" in done.err
+    whole = any((tmp_path / "run" / name).is_file() for name in ("checkpoint.pth", "checkpoint_best.pth"))
+    works(*words, tmp_path / "run", *(["--resume=auto"] if whole else []))
+    straight, resumed = rows(tmp_path / "straight"), rows(tmp_path / "run")
+    assert straight[0]["test_acc1"] < straight[1]["test_acc1"] < straight[2]["test_acc1"]
+    assert [row["epoch"] for row in resumed] == [0, 1, 2]
+    for key in ("train_loss", "test_acc1", "max_acc1"):
+        assert [row[key] for row in resumed] == pytest.approx([row[key] for row in straight], rel=1e-5)
+    best, (_, newest) = load(tmp_path / "run" / "checkpoint_best.pth"), checkpoint.find_newest(tmp_path / "run")
+    assert best["best_accuracy"] == newest["best_accuracy"] == resumed[-1]["max_acc1"] and best["epoch"] == newest["epoch"] == 2
+    assert_close(newest["model"], load(tmp_path / "straight" / "checkpoint.pth")["model"])
+
+
+@pytest.mark.parametrize("failing", ["checkpoint_best.pth", "checkpoint.pth"])
+def test_the_best_file_and_the_claimed_best_agree_after_a_failed_save_of_a_better_epoch(start, works, monkeypatch, tmp_path, failing):
+    """Also where nothing later is better."""
+    accuracies, whole_save, tried = [20.0, 60.0, 40.0, 50.0], checkpoint.save, []
+
+    def evaluate(*_, **__):
+        return {"loss": 1.0, "acc1": accuracies[len(rows(tmp_path)) if (tmp_path / "log.txt").exists() else 0], "acc5": 100.0, "images": 11}
+
+    def save(path, **content):
+        if path.name == failing and content["epoch"] == 1 and not tried:
+            tried.append(path)
+            raise OSError(28, "No space left on device")
+        whole_save(path, **content)
+
+    words = [SMALL, "--epochs=4", "--output_dir", tmp_path]
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert start(*words).status == 1 and tried
+    works(*words, "--resume=auto")
+    assert [(row["epoch"], row["test_acc1"], row["max_acc1"]) for row in rows(tmp_path)] == [
+        (0, 20, 20), (1, 60, 60), (2, 40, 60), (3, 50, 60)]
+    best, last = load(tmp_path / "checkpoint_best.pth"), load(tmp_path / "checkpoint.pth")
+    assert (best["epoch"], best["best_accuracy"], last["epoch"], last["best_accuracy"]) == (1, 60, 3, 60)
 
 
 def test_twins_goes_on_with_its_optimizer_and_best_accuracy(works, trained):
@@ -521,6 +711,16 @@ def test_fine_tuning_to_as_many_classes_keeps_the_head(works, trained):
     assert printed_losses(done.out)[0] < 1.2 * rows(trained.folder)[-1]["train_loss"]
 
 
+def test_fine_tuning_to_as_many_but_other_classes_notes_it(works, small, tmp_path):
+    content = load(small / "checkpoint.pth")
+    for name, classes in (("same", content["classes"]), ("order", content["classes"][::-1]), ("names", ["a", "b", "c"]), ("none", None)):
+        file = tmp_path / f"{name}.pth"
+        torch.save({key: value for key, value in content.items() if key != "classes"} | ({"classes": classes} if classes else {}), file)
+        done = works(SMALL, "--finetune", file, "--max_step=1", "--no-eval")
+        noted = f"note: {file} knows other classes, or another order; their number is the same, so the head stays\n" in done.out
+        assert noted == (name in ("order", "names")), done.out
+
+
 # ---- evaluation of other people's files ----
 
 def published(state):
@@ -564,7 +764,7 @@ def test_a_loss_that_is_not_finite_ends_a_run_with_status_3_and_the_files(start,
     before = files(folder)
     done = start(SMALL, *PLAIN, "--epochs=9", "--resume=auto", "--lr=1e30", "--output_dir", folder)  # the first update ruins the weights
     assert done.status == 3 and files(folder) == before
-    assert done.err == ("error: the loss is not finite in epoch 2, at or before iteration 2: lower --lr, or look at the images of that "
+    assert done.err == ("error: the loss is not finite in epoch 2, iteration 1: lower --lr, or look at the images of that "
                         f"batch: {', '.join(names_of_batch(data, 2, 1, 8))}\n")
 
 
@@ -578,7 +778,26 @@ def test_a_loss_that_is_not_finite_ends_all_ranks(run_ranks, small, data, tmp_pa
     assert re.search(r"exitcode +: 3", done.stderr) and "NonFiniteLoss" not in done.stderr
     names = ", ".join(name for rank in range(2) for name in names_of_batch(data, 2, 1, 4, rank, ranks=2))
     assert [line for line in done.stderr.splitlines() if line.startswith("error")] == [
-        f"error: the loss is not finite in epoch 2, at or before iteration 2: lower --lr, or look at the images of that batch: {names}"]
+        f"error: the loss is not finite in epoch 2, iteration 1: lower --lr, or look at the images of that batch: {names}"]
+
+
+@pytest.mark.parametrize("known, step, names", [
+    ([(None, ()), (3, ["c"]), (1, ["a", "b"])], 1, ["a", "b"]), ([(0, ["a"]), (0, ["b"]), (1, ["c"])], 0, ["a", "b"]),
+    ([(7, ["a"]), (None, ())], 7, ["a"])])
+def test_the_earliest_bad_batch_of_all_ranks_is_the_one_that_is_named(monkeypatch, known, step, names):
+    """Later ones caught it from the weights. Every rank says the same."""
+    def gather(found, own):
+        told.append(own)
+        found[:] = [(step, [f"{name}.png" for name in names]) for step, names in known]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    dataset = SimpleNamespace(name=lambda name: f"{name}.png")
+    for rank, own in enumerate(known):
+        told = []
+        error = main.named(engine.NonFiniteLoss(4, *own), 4, dataset, devices.Ranks(torch.device("cpu"), rank, len(known)))
+        assert (error.step, error.names) == (step, [f"{name}.png" for name in names]) and len(told) == 1
+        assert told[0] == (own[0], [f"{name}.png" for name in own[1]])
+        assert str(error) == f"the loss is not finite in epoch 4, iteration {step}"
 
 
 # ---- mistakes ----
@@ -607,6 +826,9 @@ def broken_data(kind, data, folder):
         image.write_text("<html>404</html>")
     elif kind == "unreadable in val":
         (folder / "val" / "leaves" / "09.png").write_bytes(b"")
+    elif kind.startswith("renamed class"):
+        for split in ("train", "val"):
+            (folder / split / "temple").rename(folder / split / "pagoda")
     elif kind == "fewer classes":
         shutil.rmtree(folder / "train" / "temple")
         shutil.rmtree(folder / "val" / "temple")
@@ -627,6 +849,19 @@ MISTAKES = {  # kind: words, a regular expression of the message; DATA, RUN and 
     "fine-tuning from another model": (f"{TWINS} --finetune RUN/checkpoint.pth", r"RUN/checkpoint.pth does not fit: it is of another .*"),
     "fewer classes": ("--data-path DATA --eval --resume RUN/checkpoint.pth", r"RUN/checkpoint.pth does not fit: it was trained on "
                       r"another number of classes; other shapes: head\.fc\.weight \(3, \d+\), not \(2, \d+\), .*"),
+    "renamed class, evaluated": (
+        "--data-path DATA --eval --resume RUN/checkpoint.pth",
+        r"RUN/checkpoint.pth was trained on other classes: 3 and the data 3, number 2 "
+        r"is \['temple'\] there and \['pagoda'\] here: use its data, or --finetune"),
+    "renamed class, resumed": ("--data-path DATA --resume auto", r"RUN/checkpoint(_best)?.pth was trained on other classes: .*"),
+    "renamed class, measured": (
+        "--data-path DATA --throughout --resume RUN/checkpoint.pth", r"RUN/checkpoint.pth was trained on other classes: .*"),
+    "no moving average": ("--eval --model-ema --resume RUN/checkpoint.pth",
+                          r"RUN/checkpoint.pth holds no moving average: it was trained without --model-ema"),
+    "evaluation of a new head": ("--eval --finetune RUN/checkpoint.pth", r"--eval evaluates weights as they are: give them as --resume .*"),
+    "a model without drop path": (
+        "--model=vgg11", r"--model vgg11: .*drop_path_rate.*: this model of timm's does not train with these options"),
+    "betas for an optimizer without": ("--opt adafactor --opt-betas 0.9 0.99", r"--opt adafactor: it has no betas \(--opt-betas\): .*"),
     "missing checkpoint": ("--resume RUN/epoch9.pth", r"no checkpoint RUN/epoch9.pth: look at the path"),
     "missing weights": ("--finetune RUN/epoch9.pth", r"no checkpoint RUN/epoch9.pth: look at the path"),
     "no checkpoint": ("--resume FILE", r"cannot read the checkpoint FILE .*"),
@@ -674,6 +909,57 @@ def test_an_unreadable_image_is_named_when_it_is_met(start, place, data, kind, p
     assert done.status == 2
     assert re.fullmatch(rf"error: cannot read the image {image} \(.+\): replace it or remove it\n", done.err), done.err
     assert files(place) == before
+
+
+@pytest.mark.parametrize("how", ["--eval", "--epochs=3"])
+def test_the_same_classes_in_another_order_are_one_line(start, place, how):
+    """They are numbers to the weights."""
+    file = place / "order.pth"
+    torch.save(load(place / "run" / "checkpoint.pth") | {"classes": ["temple", "leaves", "flower"]}, file)
+    before = files(place)
+    done = start(SMALL, how, "--resume", file, "--output_dir", place / "run")
+    assert done.status == 2 and "Epoch:" not in done.out and files(place) == before
+    assert done.err == (f"error: {file} was trained on other classes: 3 and the data 3, number 0 is ['temple'] there and ['flower'] here: "
+                        "use its data, or --finetune\n")
+
+
+@pytest.fixture(scope="session")
+def shards(data, tmp_path_factory):
+    """The images as shards of 4, with their index; copy it."""
+    folder = tmp_path_factory.mktemp("shards") / "squares"
+    write_shards(data, folder, maxcount=4)
+    return folder
+
+
+@pytest.mark.parametrize("workers, words", [(0, ["--max_step=1"]), (0, ["--eval", "--resume"]), (2, ["--eval", "--resume"])])
+def test_a_damaged_shard_behind_its_index_is_one_line(start, run_main, place, data, shards, workers, words):
+    root = shutil.copytree(shards, place / "shards")
+    for split in ("train", "val"):
+        (root / split / "000001.tar").write_bytes(b"no tar" * 200)
+    words = [SMALL, "--data-path", root, f"--num_workers={workers}", *words]
+    words += [place / "run" / "checkpoint.pth"] if "--eval" in words else []
+    if workers:  # as a user starts it: nothing else on stderr either
+        done = run_main(*usual(data), *words)
+        status, err = done.returncode, "".join(line + "\n" for line in done.stderr.splitlines() if "DataLoader will create" not in line)
+    else:
+        done = start(*words)
+        status, err = done.status, done.err
+    split = "val" if "--eval" in words else "train"
+    assert status == 2, err
+    assert re.fullmatch(rf"error: cannot read the shard {re.escape(str(root))}/{split}/000001.tar \(.+\): write it again\n", err), err
+
+
+def test_too_few_images_for_the_workers_is_one_line(start, shards, tmp_path):
+    root = shutil.copytree(shards, tmp_path / "shards")
+    with tarfile.open(root / "train" / "000002.tar", "w"):
+        pass  # a shard without an image
+    write_index(root / "train")
+    for epochs in range(1, 9):  # each epoch deals the shards anew
+        done = start(SMALL, "--data-path", root, "--num_workers=6", "--batch-size=2", f"--seed={epochs}", "--epochs=1", "--no-eval")
+        if done.status:
+            break
+    assert done.status == 2
+    assert done.err == f"error: {root}/train: too few images for 6 workers: use fewer --num_workers\n"
 
 
 def test_a_mistake_on_the_real_command_line_is_one_line(run_main, place):
