@@ -100,6 +100,7 @@ def evaluate(data_loader, model, device, autocast=contextlib.nullcontext, *, sha
         if log.window_ends(step):
             sums[-1].tolist()  # the host waits for the device here, so that the time shown is true
             log.line(step)
+    # the host waits for the device here, once an evaluation; sums in double precision, which HCCL does not take
     totals = torch.stack(sums).cpu().double().sum(0).tolist() if sums else [0.0, 0.0, 0.0]
     loss, acc1, acc5, count = add_over_ranks([*totals, images_seen])
     copies = dist.get_world_size() if distributed and not shared else 1
@@ -118,7 +119,7 @@ def throughput(data_loader, model, device, autocast, synchronize, clock, warmup=
     with autocast():
         for step in range(warmup + steps):
             if step == warmup:
-                synchronize()
+                synchronize()  # host and device start the clock together, and stop it together
                 start = clock()
             model(images)
     synchronize()
