@@ -55,6 +55,16 @@ def small_transform(is_train=False, **settings):
     return datasets.build_transform(is_train, input_size=32, **settings)
 
 
+def read_all(loader):
+    """Its batches. Where that fails, its workers end at once: left to the garbage collector they take 5 seconds each."""
+    try:
+        return list(loader)
+    except datasets.DataError:
+        if loader.num_workers:
+            loader._iterator._shutdown_workers()
+        raise
+
+
 # ---- transforms ----
 
 def by_hand(image, size, resize):
@@ -255,7 +265,7 @@ def test_an_unreadable_image_says_its_path(tmp_path, what, workers):
     _, val, _ = datasets.build_datasets(root, "IMNET", small_transform(), small_transform())
     loader = datasets.build_loader(val, False, 4, workers)
     with pytest.raises(datasets.UnreadableImage, match=f"cannot read the image {bad} .*: replace it or remove it"):
-        list(loader)
+        read_all(loader)
 
 
 # ---- CIFAR ----
@@ -400,12 +410,7 @@ def loader_of(root, is_train, batch_size, workers, rank=0, ranks=1, seed=0):
 
 def names(loader, epoch=0):
     datasets.set_epoch(loader, epoch)
-    try:
-        return [list(batch[2]) for batch in loader]
-    except datasets.DataError:
-        if loader.num_workers:
-            loader._iterator._shutdown_workers()  # left to the garbage collector it waits 5 seconds for each
-        raise
+    return [list(batch[2]) for batch in read_all(loader)]
 
 
 def flat(batches):

@@ -949,6 +949,7 @@ def test_a_damaged_shard_behind_its_index_is_one_line(start, run_main, place, da
     assert re.fullmatch(rf"error: cannot read the shard {re.escape(str(root))}/{split}/000001.tar \(.+\): write it again\n", err), err
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning", "ignore:.*fork.*:DeprecationWarning")
 def test_too_few_images_for_the_workers_is_one_line(start, shards, tmp_path):
     root = shutil.copytree(shards, tmp_path / "shards")
     with tarfile.open(root / "train" / "000002.tar", "w"):
