@@ -137,13 +137,11 @@ def check_classes(content, classes, path="the checkpoint"):
 def prepare_folder(folder, resumed=None):
     """Make the folder of a run and see that it can be written. resumed: the checkpoint that the run goes on from.
 
-    A run that goes on in its own folder keeps the files there; else an earlier run's are renamed to NAME.1, NAME.2, ...:
-    nothing is lost. A run that goes on elsewhere takes its best checkpoint along. -> the new names
+    A run that goes on with its last or newest checkpoint keeps the files in its folder; else an earlier run's are renamed to
+    NAME.1, NAME.2, ...: nothing is lost. A run that goes on elsewhere, or from an older best, takes the
+    best checkpoint along. -> the new names
     """
-    folder, moved = Path(folder), []
-    here = resumed is not None and Path(resumed).resolve() in [(folder / name).resolve() for name in (LAST, BEST)]
-    if resumed is not None and not here:  # checkpoint.pth.2 of a run that was moved aside has its best beside it, too
-        best = Path(resumed).with_name(BEST + Path(resumed).name.removeprefix(LAST).removeprefix(BEST)).resolve()
+    folder, moved, best = Path(folder), [], None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -151,10 +149,16 @@ def prepare_folder(folder, resumed=None):
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}): choose another folder") from error
     present = [path for name in (LAST, BEST, "log.txt") if (path := folder / name).exists()]
+    newest = max((path for path in present if path.name != "log.txt"), key=lambda path: path.stat().st_mtime, default=None)
+    here = resumed is not None and Path(resumed).resolve() in [path.resolve() for path in (folder / LAST, newest) if path]
+    if resumed is not None and not here:  # checkpoint.pth.2 of a run that was moved aside has its best beside it, too
+        best = Path(resumed).with_name(BEST + Path(resumed).name.removeprefix(LAST).removeprefix(BEST))
     if present and not here:
         number = next(n for n in range(1, 10**6) if not any(Path(f"{path}.{n}").exists() for path in present))
         for path in present:
+            if best is not None and path.resolve() == best.resolve():
+                best = Path(f"{path}.{number}")
             moved.append(path.rename(f"{path}.{number}").name)
-    if resumed is not None and not here and best.is_file():
+    if best is not None and best.is_file():
         shutil.copyfile(best, folder / BEST)
     return moved

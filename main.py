@@ -225,6 +225,8 @@ def main(args):
             say(f"An earlier run's files in {folder} are now {', '.join(moved)}")
         utils.keep_epochs_before(folder / "log.txt", start_epoch)
     say(recipe(args, ranks, precision, peak_lr, optimizer, net, train_loader))
+    if folder and saved and Path(saved_path).name == checkpoint.BEST:  # the last one's save had failed: it catches up
+        checkpoint.save(folder / checkpoint.LAST, **saved)
     if start_epoch >= args.epochs:
         say(f"Nothing to train: epoch {start_epoch} of {args.epochs} is next (--epochs)")
 

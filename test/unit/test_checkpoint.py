@@ -379,3 +379,14 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, resumed):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=rf"--output_dir {tmp_path}/file/run cannot be written \(Not a directory\): choose another"):
         checkpoint.prepare_folder(tmp_path / "file" / "run", resumed)
+
+
+def test_going_back_to_an_older_best_keeps_the_later_last_checkpoint(tmp_path):
+    """--resume out/checkpoint_best.pth --output_dir out, 27 epochs after it."""
+    for age, (name, content) in enumerate([("checkpoint_best.pth", "epoch 60"), ("checkpoint.pth", "epoch 87"), ("log.txt", "88 rows")]):
+        (tmp_path / name).write_text(content)
+        os.utime(tmp_path / name, (1000 + age, 1000 + age))
+    moved = checkpoint.prepare_folder(tmp_path, resumed=tmp_path / "checkpoint_best.pth")
+    assert moved == ["checkpoint.pth.1", "checkpoint_best.pth.1", "log.txt.1"]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "checkpoint.pth.1": "epoch 87", "checkpoint_best.pth.1": "epoch 60", "checkpoint_best.pth": "epoch 60", "log.txt.1": "88 rows"}
