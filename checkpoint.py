@@ -134,8 +134,9 @@ def check_classes(content, classes, path="the checkpoint"):
                          f"{theirs[where:where + 1]} there and {list(classes[where:where + 1])} here: use its data, or --finetune")
 
 
-def prepare_folder(folder, resumed=None):
-    """Make the folder of a run and see that it can be written. resumed: the checkpoint that the run goes on from.
+def prepare_folder(folder, resumed=None, auto=False):
+    """Make the folder of a run and see that it can be written. resumed: the checkpoint that the run goes on from;
+    auto: `find_newest` chose it here, perhaps because the last one was damaged.
 
     A run that goes on with its last or newest checkpoint keeps the files in its folder; else an earlier run's are renamed to
     NAME.1, NAME.2, ...: nothing is lost. A run that goes on elsewhere, or from an older best, takes the
@@ -150,7 +151,7 @@ def prepare_folder(folder, resumed=None):
         raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}): choose another folder") from error
     present = [path for name in (LAST, BEST, "log.txt") if (path := folder / name).exists()]
     newest = max((path for path in present if path.name != "log.txt"), key=lambda path: path.stat().st_mtime, default=None)
-    here = resumed is not None and Path(resumed).resolve() in [path.resolve() for path in (folder / LAST, newest) if path]
+    here = auto or resumed is not None and Path(resumed).resolve() in [path.resolve() for path in (folder / LAST, newest) if path]
     if resumed is not None and not here:  # checkpoint.pth.2 of a run that was moved aside has its best beside it, too
         best = Path(resumed).with_name(BEST + Path(resumed).name.removeprefix(LAST).removeprefix(BEST))
     if present and not here:

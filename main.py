@@ -221,7 +221,7 @@ def main(args):
 
     folder = Path(args.output_dir) if args.output_dir and ranks.is_main else None
     if folder:
-        if moved := checkpoint.prepare_folder(folder, resumed=saved_path):
+        if moved := checkpoint.prepare_folder(folder, saved_path, auto=args.resume == "auto" and saved is not None):
             say(f"An earlier run's files in {folder} are now {', '.join(moved)}")
         utils.keep_epochs_before(folder / "log.txt", start_epoch)
     say(recipe(args, ranks, precision, peak_lr, optimizer, net, train_loader))
