@@ -151,7 +151,7 @@ def prepare_folder(folder, resumed=None, auto=False):
         raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}): choose another folder") from error
     present = [path for name in (LAST, BEST, "log.txt") if (path := folder / name).exists()]
     newest = max((path for path in present if path.name != "log.txt"), key=lambda path: path.stat().st_mtime, default=None)
-    here = auto or resumed is not None and Path(resumed).resolve() in [path.resolve() for path in (folder / LAST, newest) if path]
+    here = auto or (resumed is not None and Path(resumed).resolve() in [path.resolve() for path in (folder / LAST, newest) if path])
     if resumed is not None and not here:  # checkpoint.pth.2 of a run that was moved aside has its best beside it, too
         best = Path(resumed).with_name(BEST + Path(resumed).name.removeprefix(LAST).removeprefix(BEST))
     if present and not here:
