@@ -114,15 +114,28 @@ def adapt_head(model, state, head="head"):
 
 
 def find_newest(folder):
-    """The newest whole checkpoint in `folder`, and its content. Raises ValueError where there is none."""
-    files = [path for name in (LAST, BEST) if (path := Path(folder, name)).is_file()]
-    damaged = []
-    for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
+    """The whole checkpoint of the latest epoch in `folder`, and its content. Raises ValueError where there is none."""
+    found, damaged = [], []
+    for path in (Path(folder, name) for name in (LAST, BEST)):
         try:
-            return path, read(path)
+            found += [(path, read(path))] if path.is_file() else []
         except ValueError as error:
             damaged.append(str(error))
-    raise ValueError(damaged[0] if damaged else f"--resume auto: no {LAST} in {folder}")
+    if not found:
+        raise ValueError(damaged[0] if damaged else f"--resume auto: no {LAST} in {folder}")
+    return max(found, key=lambda pair: epoch_in(pair[1]))  # of equals the last one
+
+
+def epoch_in(content):
+    return content.get("epoch", -1) if isinstance(content, dict) else -1
+
+
+def epoch_of(path):
+    """The epoch of a checkpoint, -1 where it says none, -2 where it is damaged or not there."""
+    try:
+        return epoch_in(read(path))
+    except ValueError:
+        return -2
 
 
 def check_classes(content, classes, path="the checkpoint"):
@@ -138,7 +151,7 @@ def prepare_folder(folder, resumed=None, auto=False):
     """Make the folder of a run and see that it can be written. resumed: the checkpoint that the run goes on from;
     auto: `find_newest` chose it here, perhaps because the last one was damaged.
 
-    A run that goes on with its last or newest checkpoint keeps the files in its folder; else an earlier run's are renamed to
+    A run that goes on with its last or latest checkpoint keeps the files in its folder; else an earlier run's are renamed to
     NAME.1, NAME.2, ...: nothing is lost. A run that goes on elsewhere, or from an older best, takes the
     best checkpoint along. -> the new names
     """
@@ -150,13 +163,16 @@ def prepare_folder(folder, resumed=None, auto=False):
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}): choose another folder") from error
     present = [path for name in (LAST, BEST, "log.txt") if (path := folder / name).exists()]
-    newest = max((path for path in present if path.name != "log.txt"), key=lambda path: path.stat().st_mtime, default=None)
-    here = auto or (resumed is not None and Path(resumed).resolve() in [path.resolve() for path in (folder / LAST, newest) if path])
+    resumed_is = [name for name in (LAST, BEST) if resumed is not None and Path(resumed).resolve() == (folder / name).resolve()]
+    here = auto or resumed_is == [LAST] or (resumed_is == [BEST] and epoch_of(folder / LAST) <= epoch_of(folder / BEST))
     if resumed is not None and not here:  # checkpoint.pth.2 of a run that was moved aside has its best beside it, too
         best = Path(resumed).with_name(BEST + Path(resumed).name.removeprefix(LAST).removeprefix(BEST))
-    if present and not here:
-        number = next(n for n in range(1, 10**6) if not any(Path(f"{path}.{n}").exists() for path in present))
-        for path in present:
+    aside = [] if here else present
+    if here and resumed_is != [LAST] and (folder / LAST).exists() and epoch_of(folder / LAST) == -2:
+        aside = [folder / LAST]  # damaged, but perhaps not beyond rescue
+    if aside:
+        number = next(n for n in range(1, 10**6) if not any(Path(f"{path}.{n}").exists() for path in aside))
+        for path in aside:
             if best is not None and path.resolve() == best.resolve():
                 best = Path(f"{path}.{number}")
             moved.append(path.rename(f"{path}.{number}").name)

@@ -58,6 +58,11 @@ def build_model(args, num_classes):
                          "timm.list_models()") from error
     except TypeError as error:
         raise ValueError(f"--model {args.model}: {error}: this model of timm's does not train with these options") from error
+    except Exception as error:
+        if not args.pretrained or isinstance(error, ValueError):
+            raise
+        raise ValueError(f"--pretrained: cannot fetch the weights of {args.model} ({checkpoint.first_line(error)}): check the "
+                         "network, or give a file as --finetune") from error
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
@@ -156,8 +161,9 @@ def recipe(args, ranks, precision, peak_lr, optimizer, net, train_loader):
         f"{args.accum_steps} accumulated, {len(train_loader)} iterations an epoch",
         f"  optimizer      {type(optimizer).__name__}, weight decay {args.weight_decay}, clip {args.clip_grad or 'off'}",
         f"  effective lr   {peak_lr:.6g} = {args.lr:g} x {per_step * args.accum_steps} / 512",
-        f"  peak lr        {peak_lr:.6g} after {args.warmup_epochs} warm-up epochs from {args.warmup_lr:g}, then "
-        f"{args.sched} to {args.min_lr:g}, lag {args.sched_lag}",
+        "  peak lr        " + (f"{peak_lr:.6g} throughout" if args.sched == "none" else
+                               f"{peak_lr:.6g} after {args.warmup_epochs} warm-up epochs from {args.warmup_lr:g}, then {args.sched}"
+                               f"{'' if args.sched in ('constant', 'step') else f' to {args.min_lr:g}'}, lag {args.sched_lag}"),
         f"  epochs         {args.epochs}, drop path {args.drop_path}",
         f"  augmentation   {args.aa}, mixup {args.mixup}, cutmix {args.cutmix}, smoothing {args.smoothing}, erasing {args.reprob}",
     ])
@@ -225,7 +231,7 @@ def main(args):
             say(f"An earlier run's files in {folder} are now {', '.join(moved)}")
         utils.keep_epochs_before(folder / "log.txt", start_epoch)
     say(recipe(args, ranks, precision, peak_lr, optimizer, net, train_loader))
-    if folder and saved and Path(saved_path).name == checkpoint.BEST:  # the last one's save had failed: it catches up
+    if folder and saved and checkpoint.epoch_of(folder / checkpoint.LAST) < saved["epoch"]:  # its last save had failed
         checkpoint.save(folder / checkpoint.LAST, **saved)
     if start_epoch >= args.epochs:
         say(f"Nothing to train: epoch {start_epoch} of {args.epochs} is next (--epochs)")

@@ -272,6 +272,8 @@ def notes(args):
         idle(["fp32", "hf32"], "a CPU has neither HF32 nor TF32")
     if args.sched == "none":
         idle(["warmup_lr", "warmup_epochs", "min_lr", "sched_lag", "lr_noise"], "there is no schedule")
+    if args.sched in ("constant", "step"):
+        idle(["min_lr"], f"the {args.sched} schedule has no floor")
     if args.data_set in ("CIFAR", "CIFAR10") and args.input_size == 32:
         idle(["crop_scale", "train_interpolation"], "CIFAR at 32 pixels is padded and cropped, never resized")
     if resume_file(args):

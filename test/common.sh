@@ -209,6 +209,22 @@ settled() { # WORD: another word only for an existing file with a folder in its 
     printf '%s\n' "$real"
 }
 
+# Fine-tuning starts from its file, or with --resume goes on from a checkpoint of its own. A run that ended before its
+# first checkpoint starts again. Adds to train's command, or takes --resume out of extra.
+start_finetuning() {
+    local kept=() i
+    if [[ $resume && ($resume != auto || -f $output_dir/checkpoint.pth || -f $output_dir/checkpoint_best.pth) ]]; then return; fi
+    for ((i = 0; i < ${#extra[@]}; i++)); do
+        case ${extra[i]} in
+            --resume) ((i += 1)) ;;
+            --resume=*) ;;
+            *) kept+=("${extra[i]}") ;;
+        esac
+    done
+    extra=("${kept[@]}")
+    command+=(--finetune "$finetune_pth")
+}
+
 link() { # TARGET NAME: the original's paths; a file or folder that is no link stays
     [[ -e $2 && ! -L $2 ]] || ln -sfn -- "$1" "$2" 2>/dev/null || true
 }
@@ -231,7 +247,7 @@ train() {
         --epochs "$epochs" --data-path "$data_path" --output_dir "$output_dir" --device "$device" "${recipe[@]}")
     if [[ $max_step ]]; then command+=(--max_step "$max_step"); fi
     if [[ $workers ]]; then command+=(--num_workers "$workers"); fi
-    if [[ $finetune_pth ]]; then command+=(--finetune "$finetune_pth"); fi
+    if [[ $finetune_pth ]]; then start_finetuning; fi
     command+=("${extra[@]}")
 
     link "output/$card/train_$card.log" "$test_dir/train_$card.log"

@@ -269,11 +269,16 @@ def put(folder, name, age, **content):
     return folder / name
 
 
-def test_the_newest_checkpoint_of_a_folder_is_found(tmp_path):
-    last, best = put(tmp_path, checkpoint.LAST, 10, epoch=5), put(tmp_path, checkpoint.BEST, 99, epoch=2)
-    assert checkpoint.find_newest(tmp_path) == (last, {"epoch": 5})
-    os.utime(best, (2_000_000, 2_000_000))
-    assert checkpoint.find_newest(tmp_path) == (best, {"epoch": 2})
+@pytest.mark.parametrize("last_epoch, best_epoch, expected", [
+    (5, 2, "checkpoint.pth"), (5, 5, "checkpoint.pth"), (4, 5, "checkpoint_best.pth")])
+def test_the_checkpoint_of_the_latest_epoch_is_found_whatever_the_files_times_say(tmp_path, last_epoch, best_epoch, expected):
+    """A folder that was copied has any times; a best that is later than the last is one whose last could not be saved."""
+    last, best = put(tmp_path, checkpoint.LAST, 10, epoch=last_epoch), put(tmp_path, checkpoint.BEST, 99, epoch=best_epoch)
+    for times in ((1, 2), (2, 1)):
+        os.utime(last, (times[0],) * 2)
+        os.utime(best, (times[1],) * 2)
+        path, content = checkpoint.find_newest(tmp_path)
+        assert path.name == expected and content["epoch"] == max(last_epoch, best_epoch)
 
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_next(tmp_path):
@@ -323,7 +328,7 @@ def write_run(folder, which, names=NAMES):
 
 
 def texts(folder):
-    return {path.name: path.read_text() for path in folder.iterdir()}
+    return {path.name: path.read_bytes().decode(errors="backslashreplace") for path in folder.iterdir()}
 
 
 def test_a_new_run_moves_an_earlier_ones_files_to_the_next_free_number(tmp_path):
@@ -340,6 +345,8 @@ def test_a_new_run_moves_an_earlier_ones_files_to_the_next_free_number(tmp_path)
 @pytest.mark.parametrize("way", ["as given", "relative", "around", "a link"])
 def test_a_run_that_goes_on_in_its_own_folder_moves_nothing(tmp_path, monkeypatch, name, way):
     folder = write_run(tmp_path / "run", "run 1")
+    for file in ("checkpoint.pth", "checkpoint_best.pth"):
+        checkpoint.save(folder / file, epoch=7)
     monkeypatch.chdir(tmp_path)
     if way == "a link":
         (tmp_path / "link").symlink_to(folder)
@@ -383,10 +390,17 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, resumed):
 
 def test_going_back_to_an_older_best_keeps_the_later_last_checkpoint(tmp_path):
     """--resume out/checkpoint_best.pth --output_dir out, 27 epochs after it."""
-    for age, (name, content) in enumerate([("checkpoint_best.pth", "epoch 60"), ("checkpoint.pth", "epoch 87"), ("log.txt", "88 rows")]):
-        (tmp_path / name).write_text(content)
-        os.utime(tmp_path / name, (1000 + age, 1000 + age))
+    checkpoint.save(tmp_path / "checkpoint.pth", epoch=87)
+    checkpoint.save(tmp_path / "checkpoint_best.pth", epoch=60)
+    (tmp_path / "log.txt").write_text("88 rows")
     moved = checkpoint.prepare_folder(tmp_path, resumed=tmp_path / "checkpoint_best.pth")
     assert moved == ["checkpoint.pth.1", "checkpoint_best.pth.1", "log.txt.1"]
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        "checkpoint.pth.1": "epoch 87", "checkpoint_best.pth.1": "epoch 60", "checkpoint_best.pth": "epoch 60", "log.txt.1": "88 rows"}
+    epochs = {path.name: checkpoint.epoch_of(path) for path in tmp_path.glob("checkpoint*")}
+    assert epochs == {"checkpoint.pth.1": 87, "checkpoint_best.pth.1": 60, "checkpoint_best.pth": 60}
+
+
+def test_a_damaged_last_checkpoint_is_put_aside_where_the_best_goes_on(tmp_path):
+    checkpoint.save(tmp_path / "checkpoint_best.pth", epoch=60)
+    (tmp_path / "checkpoint.pth").write_bytes(b"half of it")
+    assert checkpoint.prepare_folder(tmp_path, resumed=tmp_path / "checkpoint_best.pth", auto=True) == ["checkpoint.pth.1"]
+    assert (tmp_path / "checkpoint.pth.1").read_bytes() == b"half of it"
