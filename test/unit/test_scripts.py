@@ -330,12 +330,24 @@ def test_nothing_is_taken_from_an_earlier_log_txt_or_from_no_evaluation(repo, ru
 # Earlier runs
 
 
+@pytest.mark.parametrize("resume", [["--resume=auto"], ["--resume", "auto"]])
+def test_a_fine_tuning_goes_on_from_its_own_checkpoint_and_starts_from_the_file_where_there_is_none(repo, run, tmp_path, resume):
+    (tmp_path / "w.pth").write_text("weights")
+    options = [f"--data_path={tmp_path / 'da ta'}", f"--finetune_pth={tmp_path / 'w.pth'}", *resume]
+    run(repo / "test" / FINETUNE_1P, *options, check=0)  # nothing to go on from
+    argv = call(repo)["argv"]
+    assert argv[argv.index("--finetune") + 1] == str(tmp_path / "w.pth") and not any("resume" in word for word in argv)
+    run(repo / "test" / FINETUNE_1P, *options, check=0)  # the first one left a checkpoint
+    argv = call(repo)["argv"]
+    assert "--finetune" not in argv and "".join(resume).replace("=", "") in "".join(argv).replace("=", "")
+
+
 def test_earlier_run_is_moved_aside_and_can_be_started_from(repo, run, tmp_path):
     run(repo / "test" / FULL_8P, f"--data_path={tmp_path / 'da ta'}", "--nproc=1", check=0)
     first = repo / "test/output/0"
     (first / "ckpt/checkpoint.pth").write_text("the first run's")
     (repo / "test/output/0.1").mkdir()
-    options = ["--data_path=../da ta", "--finetune_pth=output/ckpt/checkpoint.pth", "--resume", "test/output/0/ckpt/checkpoint.pth",
+    options = ["--data_path=../da ta", "--finetune_pth=output/ckpt/checkpoint.pth", "--other", "test/output/0/ckpt/checkpoint.pth",
                "--teacher-path=test/output/0/ckpt/checkpoint.pth"]  # fmt: skip
     done = run("test/" + FINETUNE_1P, *options, cwd=repo, check=0)
     moved = repo / "test/output/0.2"
@@ -343,7 +355,7 @@ def test_earlier_run_is_moved_aside_and_can_be_started_from(repo, run, tmp_path)
     assert (moved / "Twins-GVT-Small_bs128_1p_acc.log").is_file() and (moved / "train_0.log").is_file()
     checkpoint = moved / "ckpt/checkpoint.pth"
     assert checkpoint.read_text() == "the first run's"
-    assert call(repo)["argv"][-5:] == ["--finetune", str(checkpoint), "--resume", str(checkpoint), f"--teacher-path={checkpoint}"]
+    assert call(repo)["argv"][-5:] == ["--finetune", str(checkpoint), "--other", str(checkpoint), f"--teacher-path={checkpoint}"]
     assert (first / "ckpt/checkpoint.pth").read_text() == "weights"
 
     options = ["--data_path=../da ta", "--finetune_pth=output/ckpt/checkpoint.pth", "--device_id=1"]  # the link points elsewhere now
