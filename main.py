@@ -140,6 +140,30 @@ def named(error, epoch, dataset, ranks):
     return engine.NonFiniteLoss(epoch, first, [name for step, names in found if step == first for name in names])
 
 
+def prepare_output(folder, args, saved_path, start_epoch):
+    moved = checkpoint.prepare_folder(folder, saved_path, auto=args.resume == "auto" and saved_path is not None)
+    try:
+        utils.keep_epochs_before(folder / "log.txt", start_epoch)
+    except OSError as error:
+        raise ValueError(f"{folder / 'log.txt'} cannot be written ({error.strerror}): choose another --output_dir") from error
+    return moved
+
+
+def all_agree(ranks, action):
+    """action() on the first rank. A mistake that only it can meet ends all ranks alike, not the others by a lost connection."""
+    result, problem = None, [""]
+    if ranks.is_main:
+        try:
+            result = action()
+        except ValueError as error:
+            problem = [str(error)]
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(problem, src=0, device=torch.device("cpu"))
+    if problem[0]:
+        raise ValueError(problem[0])
+    return result
+
+
 def save_epoch(folder, row, content, improved):
     """The row and the best checkpoint first: a crash between them and the last checkpoint repeats the epoch."""
     utils.append_json(folder / "log.txt", row)
@@ -175,7 +199,7 @@ def main(args):
     device, say = ranks.device, partial(print, flush=True) if ranks.is_main else (lambda *_: None)
     devices.set_tensor_float(device, args.fp32, args.hf32)
     devices.seed_everything(args.seed)  # the same weights everywhere
-    for note in options.notes(args):
+    for note in options.notes(args, device.type):
         say(f"note: {note}")
 
     train_loader, val_loader, classes = build_data(args, ranks)
@@ -216,20 +240,19 @@ def main(args):
         if model_ema is not None and saved.get("model_ema"):
             checkpoint.load_weights(model_ema.module, checkpoint.model_state(saved, saved_path, ema=True), saved_path)
         start_epoch, best, accuracy = saved["epoch"] + 1, saved.get("best_accuracy", -1.0), saved.get("last_accuracy")
+    criterion = losses.DistillationLoss(losses.Criterion(args.smoothing), build_teacher(args, len(classes), device),
+                                        args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    folder = Path(args.output_dir) if args.output_dir and ranks.is_main else None
+    moved = all_agree(ranks, lambda: prepare_output(folder, args, saved_path, start_epoch) if folder else [])
+    if moved:
+        say(f"An earlier run's files in {folder} are now {', '.join(moved)}")
     model = torch.compile(net) if args.compile else net
     if ranks.world_size > 1:
         model = devices.parallel(model, device, devices.is_flat(optimizer))
-    criterion = losses.DistillationLoss(losses.Criterion(args.smoothing), build_teacher(args, len(classes), device),
-                                        args.distillation_type, args.distillation_alpha, args.distillation_tau)
     mixup = datasets.FixedShapeMixup(
         args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
         label_smoothing=args.smoothing, num_classes=len(classes)) if options.mixes(args) else None
 
-    folder = Path(args.output_dir) if args.output_dir and ranks.is_main else None
-    if folder:
-        if moved := checkpoint.prepare_folder(folder, saved_path, auto=args.resume == "auto" and saved is not None):
-            say(f"An earlier run's files in {folder} are now {', '.join(moved)}")
-        utils.keep_epochs_before(folder / "log.txt", start_epoch)
     say(recipe(args, ranks, precision, peak_lr, optimizer, net, train_loader))
     if folder and saved and checkpoint.epoch_of(folder / checkpoint.LAST) < saved["epoch"]:  # its last save had failed
         checkpoint.save(folder / checkpoint.LAST, **saved)

@@ -74,7 +74,8 @@ def build(model, device, *, lr, global_batch, epochs, opt="adamw", weight_decay=
         raise ValueError(f"--opt {opt}: {reason}: see timm.optim.list_optimizers()") from error
     scheduler, _ = create_scheduler_v2(
         optimizer, sched, num_epochs=epochs, decay_epochs=decay_epochs, cooldown_epochs=cooldown_epochs,
-        patience_epochs=patience_epochs, decay_rate=decay_rate, min_lr=min_lr, warmup_lr=warmup_lr,
+        patience_epochs=patience_epochs, decay_rate=decay_rate, min_lr=min_lr,
+        warmup_lr=peak_lr if sched == "plateau" and not warmup_epochs else warmup_lr,  # timm's plateau starts there all the same
         warmup_epochs=warmup_epochs, noise=list(lr_noise) if lr_noise else None, noise_pct=lr_noise_pct,
         noise_std=lr_noise_std, noise_seed=seed)
     return optimizer, Schedule(scheduler, sched_lag), peak_lr

@@ -248,8 +248,8 @@ def check(args):
         raise ValueError("no data set: --data-path FOLDER")
 
 
-def notes(args):
-    """One line for each option that was given and cannot do anything in this run."""
+def notes(args, device_type=None):
+    """One line for each option that was given and cannot do anything in this run, which computes on device_type."""
     given = {name for name, default in DEFAULTS.items() if getattr(args, name) != default}
     found = []
 
@@ -268,7 +268,7 @@ def notes(args):
         idle(["attn", "window_padding"], f"{args.model} is timm's")
     elif args.model.startswith("pcpvt"):
         idle(["window_padding"], f"{args.model} has no windows")
-    if args.device == "cpu":
+    if (device_type or args.device) == "cpu":
         idle(["fp32", "hf32"], "a CPU has neither HF32 nor TF32")
     if args.sched == "none":
         idle(["warmup_lr", "warmup_epochs", "min_lr", "sched_lag", "lr_noise"], "there is no schedule")
