@@ -986,3 +986,12 @@ def test_a_crash_shows_its_traceback_and_has_status_1(start, monkeypatch):
     monkeypatch.setattr(engine, "train_one_epoch", crash)
     done = start(SMALL, "--epochs=1")
     assert done.status == 1 and "Traceback" in done.err and done.err.endswith("RuntimeError: shapes differ\n")
+
+
+def test_two_ranks_end_with_one_line_where_the_first_cannot_write_the_output_folder(run_ranks, data, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    done = run_ranks(2, *usual(data), SMALL, "--batch-size=2", "--output_dir", tmp_path / "file" / "run")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode != 0 and errors == [f"error: --output_dir {tmp_path / 'file' / 'run'} cannot be written (Not a directory): "
+                                               "choose another folder"]
+    assert "Epoch:" not in done.stdout and (tmp_path / "file").read_text() == "no folder"

@@ -416,3 +416,10 @@ def test_another_models_state_is_refused():
 def test_another_kind_of_optimizer_is_refused(saved, loaded):
     with pytest.raises(ValueError, match="of another kind"):
         optim.load_state(build(opt=loaded)[0], optim.portable_state(build(opt=saved)[0]))
+
+
+@pytest.mark.parametrize("warmup, expected", [(0, [1e-3, 1e-3, 1e-3]), (2, [1e-6, 1e-6 + (1e-3 - 1e-6) / 2, 1e-3])])
+def test_plateau_starts_at_its_peak_or_warms_up_to_it(warmup, expected):
+    optimizer, schedule, peak = build(sched="plateau", warmup_epochs=warmup, sched_lag=0)
+    assert peak == pytest.approx(1e-3, rel=1e-12)
+    assert rates(optimizer, schedule, 3, [None] * 3) == pytest.approx(expected, rel=1e-9)
