@@ -242,13 +242,13 @@ def main(args):
         start_epoch, best, accuracy = saved["epoch"] + 1, saved.get("best_accuracy", -1.0), saved.get("last_accuracy")
     criterion = losses.DistillationLoss(losses.Criterion(args.smoothing), build_teacher(args, len(classes), device),
                                         args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    model = torch.compile(net) if args.compile else net
+    if ranks.world_size > 1:
+        model = devices.parallel(model, device, devices.is_flat(optimizer))
     folder = Path(args.output_dir) if args.output_dir and ranks.is_main else None
     moved = all_agree(ranks, lambda: prepare_output(folder, args, saved_path, start_epoch) if folder else [])
     if moved:
         say(f"An earlier run's files in {folder} are now {', '.join(moved)}")
-    model = torch.compile(net) if args.compile else net
-    if ranks.world_size > 1:
-        model = devices.parallel(model, device, devices.is_flat(optimizer))
     mixup = datasets.FixedShapeMixup(
         args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
         label_smoothing=args.smoothing, num_classes=len(classes)) if options.mixes(args) else None
