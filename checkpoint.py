@@ -29,18 +29,20 @@ def to_host(value):
 
 
 def save(path, **content):
-    """Write `content` to a temporary file beside `path`, then rename it: there is always one whole file."""
+    """Write `content` to a temporary file beside `path`, then rename it: there is always one whole file.
+
+    The temporary file has one name, so that what a killed run leaves is written over, not added to.
+    """
     path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
+    made = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(made, "wb") as file:
             torch.save(to_host(content), file)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(made, path)
+    finally:
+        made.unlink(missing_ok=True)
 
 
 def read(path):

@@ -82,8 +82,8 @@ def posterize(image, bits, **_):
 class FixedShapeMixup(Mixup):
     """timm's Mixup with its draws, but both mixup and cutmix are x + weight * (x.flip(0) - x).
 
-    One copy and two launches whose shapes never change: a device that compiles each new shape (910A) compiles once, and
-    nothing waits for it. weight: (1 or B, 1, height or 1, width or 1).
+    One copy and two launches, whose shapes do not depend on the boxes: a device that compiles each new shape (910A)
+    compiles once for mixup and once for cutmix, and nothing waits for it. weight: (1 or B, 1, height or 1, width or 1).
     """
 
     def __call__(self, images, targets):

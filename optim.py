@@ -101,8 +101,7 @@ def load_state(optimizer, state):
     if [len(group["params"]) for group in own] != [len(group["params"]) for group in saved]:
         raise ValueError("the checkpoint's optimizer has other parameters: was it another model, or another --weight-decay?")
     groups = [{**new, **old} for old, new in zip(own, saved)]  # only what an optimizer counts in its groups is the saved one's
-    known = {"betas"} & set(own[0]), {"betas"} & set(saved[0])
-    if known[0] != known[1]:
+    if ("betas" in own[0]) != ("betas" in saved[0]):
         raise ValueError("the checkpoint's optimizer is of another kind (--opt)")
     flat = devices.is_flat(optimizer)
 

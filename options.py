@@ -309,5 +309,5 @@ if __name__ == "__main__":  # the table as Markdown, for README
     for title, rows in OPTIONS.items():
         print(f"| **{title}** | | | | |")
         for names, default, _, unit, source, text in rows:
-            unit = " ".join(unit) if isinstance(unit, tuple) else unit or ""
-            print(f"| `{names}` | `{default}` | {unit} | {source} | {text} |".replace("npu|cuda|gpu|cpu|auto", "npu cuda gpu cpu auto").replace("file|auto", "file or auto"))
+            unit = " ".join(unit) if isinstance(unit, tuple) else (unit or "").replace("|", ", ")
+            print(f"| `{names}` | `{default}` | {unit} | {source} | {text} |")

@@ -91,9 +91,11 @@ class MetricLogger:
 
 
 def append_json(path, row):
-    """One epoch, one line."""
+    """One epoch, one line, on the disk before the checkpoint that counts on it."""
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def keep_epochs_before(path, epoch):

@@ -16,6 +16,7 @@ import npu_sim
 import timm
 import torch
 
+import bench
 import devices
 import engine
 import gvt  # noqa: F401  registers the models
@@ -52,21 +53,10 @@ def ours(device, batch, precision):
 
 
 def theirs(device, batch, precision):
-    model = timm.create_model("twins_svt_small", drop_path_rate=0.2).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
-    if precision.scaler is not None:
-        scaler.load_state_dict({**scaler.state_dict(), "scale": 256.0})
     window = Window()
+    step = bench.theirs(device, precision, *batch, drop_path=0.2, criterion=window)
     for _ in range(4):
-        with precision.autocast():
-            loss = window(model(batch[0]), batch[1])
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        scaler.step(optimizer)
-        scaler.update()
+        step()
     return window.counts
 
 
