@@ -246,14 +246,15 @@ def check_machine(args, cards):
 def check_data(args):
     import devices  # noqa: F401, I001  before torch: for --device cpu it keeps torch_npu out
     import datasets
+    import shards
     if args.data_set == "DIGITS" and not Path(args.data_path, "train").is_dir():
         yield ok("data", f"the digits are written into {args.data_path} by the first training")
         return
     train, val, classes = datasets.build_datasets(args.data_path, args.data_set, None, None)  # its ValueError says what is wrong
     yield ok("classes", f"{len(classes)}, the same in train and val")
-    failed, sharded = False, isinstance(train, datasets.ShardedImages) or isinstance(val, datasets.ShardedImages)
+    failed, sharded = False, isinstance(train, shards.ShardedImages) or isinstance(val, shards.ShardedImages)
     for split, images in (("train", train), ("val", val)):
-        count, bad = decode(images, len(classes), args)
+        count, bad = look_at(images, len(classes), args)
         text = f"{count - len(bad)} of {count} images looked at are readable, of {getattr(images, 'total', None) or len(images)}"
         yield from (fail("image", error) for error in bad[:100])
         yield ok(f"{split} decode", text) if not bad else fail(
@@ -273,17 +274,18 @@ def sample(n, args):
     return range(n) if args.full or n <= args.images else sorted(random.Random(0).sample(range(n), args.images))
 
 
-def decode(images, classes, args):
+def look_at(images, classes, args):
     """Read a sample of the images, or all. -> how many, what is wrong with the bad ones"""
-    import datasets
-    sharded, chosen = isinstance(images, datasets.ShardedImages), sample(len(images), args)
+    import decode
+    import shards
+    sharded, chosen = isinstance(images, shards.ShardedImages), sample(len(images), args)
     parts = images.shards if sharded else [chosen[i:i + 16] for i in range(0, len(chosen), 16)]
     each = None if args.full else math.ceil(args.images / len(parts))
 
     def fault(item):
         try:
             _, label, name = (images.decode if sharded else images.__getitem__)(item)
-        except datasets.DataError as error:
+        except decode.DataError as error:
             return str(error)
         return None if 0 <= label < classes else f"{images.name(name)} has the label {label}, of {classes} classes: write it again"
 
@@ -292,7 +294,7 @@ def decode(images, classes, args):
         try:
             for item in itertools.islice(images.read([part], 0, 1), each) if sharded else part:
                 found.append(fault(item))
-        except datasets.DataError as error:  # a broken shard, or one of another length than its index says
+        except decode.DataError as error:  # a broken shard, or one of another length than its index says
             found.append(str(error))
         return found
 
@@ -321,14 +323,14 @@ def loader_rate(args, seconds=3):
     """Images a second of the training loader with the recipe's transforms, after it filled its queue once."""
     import torch
 
-    import datasets
     import devices
+    import loaders
     import main
     loader, _, _ = main.build_data(args.training, devices.Ranks(torch.device("cpu")))
 
     def batches():
         for epoch in itertools.count():
-            datasets.set_epoch(loader, epoch)
+            loaders.set_epoch(loader, epoch)
             yield from loader
 
     endless, read = batches(), 0

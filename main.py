@@ -33,10 +33,13 @@ from timm.utils import ModelEmaV3
 
 import checkpoint
 import datasets
+import decode
 import engine
 import gvt  # noqa: F401  registers the models
+import loaders
 import losses
 import optim
+import transforms
 import utils
 
 
@@ -92,7 +95,7 @@ def build_data(args, ranks):
     train, val, classes = datasets.build_datasets(
         args.data_path, args.data_set, train_transform, transform(is_train=False), args.inat_category, args.seed,
         with_train=not (args.eval or args.throughout))
-    loader = partial(datasets.build_loader, batch_size=args.batch_size, workers=args.num_workers,
+    loader = partial(loaders.build_loader, batch_size=args.batch_size, workers=args.num_workers,
                      seed=args.seed, pin_memory=args.pin_mem and devices.pins_memory(ranks.device),
                      start_method=devices.worker_start_method(ranks.device))
     train_loader = train and loader(train, True, rank=ranks.rank, ranks=ranks.world_size, repeated_aug=args.repeated_aug)
@@ -249,7 +252,7 @@ def main(args):
     moved = all_agree(ranks, lambda: prepare_output(folder, args, saved_path, start_epoch) if folder else [])
     if moved:
         say(f"An earlier run's files in {folder} are now {', '.join(moved)}")
-    mixup = datasets.FixedShapeMixup(
+    mixup = transforms.FixedShapeMixup(
         args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
         label_smoothing=args.smoothing, num_classes=len(classes)) if options.mixes(args) else None
 
@@ -262,7 +265,7 @@ def main(args):
     started, steps_left = time.perf_counter(), args.max_step
     for epoch in range(start_epoch, args.epochs):
         epoch_started = time.perf_counter()
-        datasets.set_epoch(train_loader, epoch)
+        loaders.set_epoch(train_loader, epoch)
         schedule.start_epoch(epoch, accuracy)
         accuracy = None  # told once: plateau counts
         try:
@@ -311,8 +314,8 @@ def complain(error, training):
     text = str(error).strip()
     if isinstance(error, engine.NonFiniteLoss):
         status, text, training = 3, f"{text}: lower --lr, or look at the images of that batch: {', '.join(error.names)}", False
-    elif isinstance(error, datasets.DataError):  # from a loader's worker it comes with that worker's traceback
-        status, text = 2, re.sub(r"^datasets\.\w+: ", "", text.splitlines()[-1])
+    elif isinstance(error, decode.DataError):  # from a loader's worker it comes with that worker's traceback
+        status, text = 2, re.sub(r"^decode\.\w+: ", "", text.splitlines()[-1])
     elif isinstance(error, devices.DeviceError):
         status = 1
     elif isinstance(error, ValueError) and raised_here(error):

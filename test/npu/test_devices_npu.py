@@ -15,8 +15,8 @@ import torch
 from helpers import CPU, NPU, host, one_error, run, setting, trains, usual, works
 from loader_probe import Probe
 
-import datasets
 import devices
+import loaders
 
 pytest_plugins = ["helpers"]
 ONE_STEP = ["--epochs=1", "--max_step=1", "--no-eval"]
@@ -150,7 +150,7 @@ def test_loader_workers_have_no_torch_npu(monkeypatch):
     start_method = devices.worker_start_method(NPU)
     assert start_method == "forkserver" and devices.worker_start_method(CPU) is None
     torch.ones(1, device=NPU)  # from here on a fork would be fatal
-    loader = datasets.build_loader(Probe(), False, 2, 2, start_method=start_method)
+    loader = loaders.build_loader(Probe(), False, 2, 2, start_method=start_method)
     found = [pair for ids, loaded in loader for pair in zip(ids.tolist(), loaded.tolist())]
     assert len(found) == 8 and os.getpid() not in {pid for pid, _ in found} and len({pid for pid, _ in found}) == 2
     assert not any(loaded for _, loaded in found)

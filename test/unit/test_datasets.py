@@ -26,7 +26,11 @@ from torchvision import datasets as tv
 from torchvision import transforms
 
 import datasets
+import decode
 import engine
+import loaders
+from shards import write_index, write_shards
+from transforms import FixedShapeMixup
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 CLASSES = ["flower", "leaves", "temple"]
@@ -59,7 +63,7 @@ def read_all(loader):
     """Its batches. Where that fails, its workers end at once: left to the garbage collector they take 5 seconds each."""
     try:
         return list(loader)
-    except datasets.DataError:
+    except decode.DataError:
         if loader.num_workers:
             loader._iterator._shutdown_workers()
         raise
@@ -139,7 +143,7 @@ MIXES = {"both": {}, "mixup": dict(cutmix_alpha=0.0), "cutmix": dict(mixup_alpha
 def test_mixing_is_timms(mix, mode):
     """The same numpy seed, the same images and targets; 40 batches, not square."""
     settings = dict(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=5, mode=mode) | MIXES[mix]
-    ours, theirs = datasets.FixedShapeMixup(**settings), Mixup(**settings)
+    ours, theirs = FixedShapeMixup(**settings), Mixup(**settings)
     generator, changed = torch.Generator().manual_seed(0), 0
     for seed in range(40):
         images = torch.randn(6, 3, 20, 28, generator=generator)
@@ -157,7 +161,7 @@ def test_mixing_is_timms(mix, mode):
 
 def test_mixing_needs_pairs():
     with pytest.raises(AssertionError, match="must be even"):
-        datasets.FixedShapeMixup(num_classes=5)(torch.zeros(3, 3, 8, 8), torch.zeros(3, dtype=torch.long))
+        FixedShapeMixup(num_classes=5)(torch.zeros(3, 3, 8, 8), torch.zeros(3, dtype=torch.long))
 
 
 # ---- class folders ----
@@ -263,8 +267,8 @@ def test_an_unreadable_image_says_its_path(tmp_path, what, workers):
     bad = root / "val" / "dog" / "0.png"
     bad.write_bytes(bad_images(bad)[what])
     _, val, _ = datasets.build_datasets(root, "IMNET", small_transform(), small_transform())
-    loader = datasets.build_loader(val, False, 4, workers)
-    with pytest.raises(datasets.UnreadableImage, match=f"cannot read the image {bad} .*: replace it or remove it"):
+    loader = loaders.build_loader(val, False, 4, workers)
+    with pytest.raises(decode.UnreadableImage, match=f"cannot read the image {bad} .*: replace it or remove it"):
         read_all(loader)
 
 
@@ -382,7 +386,7 @@ def test_inaturalist_image_that_is_missing(tmp_path):
     _, made = write_inat(tmp_path, 2018)
     made[False][2][1].unlink()
     _, val, _ = datasets.build_datasets(tmp_path, "INAT", plain, plain)
-    with pytest.raises(datasets.UnreadableImage, match=f"cannot read the image {made[False][2][1]} "):
+    with pytest.raises(decode.UnreadableImage, match=f"cannot read the image {made[False][2][1]} "):
         val[2]
 
 
@@ -392,24 +396,24 @@ def test_inaturalist_image_that_is_missing(tmp_path):
 def shards(tiny_folder, tmp_path_factory):
     """tiny_folder as 6 shards of 4 for training, and 3 of 4, 4 and 3 for validation; read it only."""
     root = tmp_path_factory.mktemp("shards of 100% real") / "tiny"
-    datasets.write_shards(tiny_folder, root, maxcount=4)
+    write_shards(tiny_folder, root, maxcount=4)
     return root
 
 
 @pytest.fixture(scope="module")
 def one_shard(tiny_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("one") / "tiny"
-    datasets.write_shards(tiny_folder, root)
+    write_shards(tiny_folder, root)
     return root
 
 
 def loader_of(root, is_train, batch_size, workers, rank=0, ranks=1, seed=0):
     found, _ = datasets.build_dataset(is_train, root, "IMNET", small_transform(), seed=seed)
-    return datasets.build_loader(found, is_train, batch_size, workers, rank, ranks, seed)
+    return loaders.build_loader(found, is_train, batch_size, workers, rank, ranks, seed)
 
 
 def names(loader, epoch=0):
-    datasets.set_epoch(loader, epoch)
+    loaders.set_epoch(loader, epoch)
     return [list(batch[2]) for batch in read_all(loader)]
 
 
@@ -461,7 +465,7 @@ class Recorder(torch.nn.Module):
 @pytest.mark.parametrize("maxcount", [2, 3, 20])
 def test_an_evaluation_is_shown_each_shards_image_once(tiny_folder, tmp_path, maxcount, workers, batch_size):
     """Each worker ends with a ragged batch of its own, so that there can be more batches than images by batch size."""
-    datasets.write_shards(tiny_folder, tmp_path, maxcount=maxcount)
+    write_shards(tiny_folder, tmp_path, maxcount=maxcount)
     folder = tv.ImageFolder(tiny_folder / "val", small_transform())
     model = Recorder({hashlib.sha1(image.numpy().tobytes()).hexdigest(): label for image, label in folder})
     stats = engine.evaluate(loader_of(tmp_path, False, batch_size, workers), model, torch.device("cpu"), quiet=True)
@@ -535,9 +539,9 @@ def test_damaged_shards(shards, tmp_path):
         datasets.build_dataset(False, root)
     folder = class_folders(tmp_path / "folder", ["cat"])
     (folder / "val" / "cat" / "0.png").write_bytes(b"no image")
-    datasets.write_shards(folder, tmp_path / "bad")
+    write_shards(folder, tmp_path / "bad")
     for workers in (0, 1):
-        with pytest.raises(datasets.UnreadableImage, match=r"cannot read the image .*000000\.tar/00000000 "):
+        with pytest.raises(decode.UnreadableImage, match=r"cannot read the image .*000000\.tar/00000000 "):
             names(loader_of(tmp_path / "bad", False, 1, workers))
 
 
@@ -571,7 +575,7 @@ def damaged_root(shards, folder, split, kind):
 
 
 def assert_it_names_the_shard(root, is_train, workers):
-    with pytest.raises(datasets.DataError) as error:
+    with pytest.raises(decode.DataError) as error:
         for epoch in range(2):
             names(loader_of(root, is_train, 2, workers), epoch)
     line = str(error.value).splitlines()[-1]
@@ -596,7 +600,7 @@ def test_a_shard_that_ends_early_is_an_error(shards, tmp_path, kind, workers):
 @pytest.mark.parametrize("kind", ["no tar", "empty", "first header", "within a member", "between members", "later header"])
 def test_the_message_of_a_damaged_shard_names_it_alone_in_words(shards, tmp_path, kind):
     root = damaged_root(shards, tmp_path / "data", "val", kind)
-    with pytest.raises(datasets.DataError) as error:
+    with pytest.raises(decode.DataError) as error:
         names(loader_of(root, False, 2, 0))
     assert "BufferedReader" not in str(error.value) and "000000.tar" not in str(error.value)
 
@@ -616,7 +620,7 @@ def test_whatever_the_damage_of_a_shard_it_is_a_data_error(shards, tmp_path):
         shard.write_bytes(content)
         try:
             assert len(list(found)) <= 11
-        except datasets.DataError as error:
+        except decode.DataError as error:
             assert len(str(error).splitlines()) == 1
 
 
@@ -626,12 +630,12 @@ def test_a_worker_without_an_image_is_a_data_error(shards, tmp_path, workers):
     root = shutil.copytree(shards, tmp_path / "data")
     with tarfile.open(root / "train" / "000002.tar", "w"):
         pass
-    datasets.write_index(root / "train", CLASSES)
+    write_index(root / "train", CLASSES)
     loader = loader_of(root, True, 2, workers)
     if workers == 1:
         assert [len(batch) for batch in names(loader)] == [2] * 10
         return
-    with pytest.raises(datasets.DataError, match=r"too few images for 6 workers: use fewer --num_workers"):
+    with pytest.raises(decode.DataError, match=r"too few images for 6 workers: use fewer --num_workers"):
         for epoch in range(9):  # the shards are dealt anew each epoch, and not every worker has a batch to make
             names(loader, epoch)
 
@@ -639,7 +643,7 @@ def test_a_worker_without_an_image_is_a_data_error(shards, tmp_path, workers):
 def test_shards_cannot_repeat_augmentation(shards):
     found, _ = datasets.build_dataset(True, shards)
     with pytest.raises(ValueError, match="--repeated-aug"):
-        datasets.build_loader(found, True, 4, 0, repeated_aug=True)
+        loaders.build_loader(found, True, 4, 0, repeated_aug=True)
 
 
 def test_a_batch_larger_than_a_ranks_shards(shards):
@@ -697,7 +701,7 @@ def drawn(loader):
 def test_workers_are_seeded():
     """numpy, random and torch: differing between workers and ranks, the same again for the same seed."""
     first, again, other_rank, other_seed = (
-        drawn(datasets.build_loader(Draws(), False, 2, 2, rank, 2, seed)) for rank, seed in ((0, 3), (0, 3), (1, 3), (0, 4)))
+        drawn(loaders.build_loader(Draws(), False, 2, 2, rank, 2, seed)) for rank, seed in ((0, 3), (0, 3), (1, 3), (0, 4)))
     assert set(first["id"]) == {0.0, 1.0}
     for kind in ("numpy", "random", "torch"):
         assert first[kind] == again[kind]
@@ -706,7 +710,7 @@ def test_workers_are_seeded():
 
 
 def test_workers_persist_and_go_on_drawing():
-    loader = datasets.build_loader(Draws(), False, 2, 2)
+    loader = loaders.build_loader(Draws(), False, 2, 2)
     a, b = drawn(loader), drawn(loader)
     assert set(a["pid"]) == set(b["pid"])
     assert not set(a["numpy"]) & set(b["numpy"])
@@ -716,10 +720,10 @@ def test_workers_persist_and_go_on_drawing():
 def test_batches(tiny_folder, workers):
     """Training drops the ragged last batch, evaluation keeps it, in order and with every image's index."""
     train, val, _ = datasets.build_datasets(tiny_folder, "IMNET", small_transform(), small_transform())
-    loader = datasets.build_loader(train, True, 5, workers)
+    loader = loaders.build_loader(train, True, 5, workers)
     batches = list(loader)
     assert [len(batch[0]) for batch in batches] == [5] * 4 and len(loader) == 4
-    batches = list(datasets.build_loader(val, False, 5, workers))
+    batches = list(loaders.build_loader(val, False, 5, workers))
     assert [tuple(images.shape) for images, _, _ in batches] == [(5, 3, 32, 32), (5, 3, 32, 32), (1, 3, 32, 32)]
     assert [i for batch in batches for i in batch[2].tolist()] == list(range(11))
     assert [label for batch in batches for label in batch[1].tolist()] == [0] * 4 + [1] * 4 + [2] * 3
@@ -731,7 +735,7 @@ def test_the_order_follows_seed_and_epoch(tiny_folder, repeated):
     train, _, _ = datasets.build_datasets(tiny_folder, "IMNET", small_transform(), small_transform())
 
     def order(seed, epoch):
-        loader = datasets.build_loader(train, True, 6, 0, 0, 2, seed, repeated_aug=repeated)
+        loader = loaders.build_loader(train, True, 6, 0, 0, 2, seed, repeated_aug=repeated)
         return flat([[int(i) for i in batch] for batch in names(loader, epoch)])
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(1, 1)
@@ -741,7 +745,7 @@ def test_the_order_follows_seed_and_epoch(tiny_folder, repeated):
 
 def test_repeated_augmentation_repeats_images_differently(tiny_folder):
     train, _, _ = datasets.build_datasets(tiny_folder, "IMNET", small_transform(True), small_transform())
-    batch = next(iter(datasets.build_loader(train, True, 24, 0, repeated_aug=True)))
+    batch = next(iter(loaders.build_loader(train, True, 24, 0, repeated_aug=True)))
     assert sorted(Counter(batch[2].tolist()).values()) == [3] * 8
     one = batch[2][0]
     a, b, c = batch[0][batch[2] == one]
@@ -752,7 +756,7 @@ def test_repeated_augmentation_repeats_images_differently(tiny_folder):
 def test_evaluation_is_shared_exactly(tiny_folder, ranks):
     """Also by more ranks than there are images."""
     _, val, _ = datasets.build_datasets(tiny_folder, "IMNET", small_transform(), small_transform())
-    seen = [int(i) for rank in range(ranks) for batch in datasets.build_loader(val, False, 4, 0, rank, ranks) for i in batch[2]]
+    seen = [int(i) for rank in range(ranks) for batch in loaders.build_loader(val, False, 4, 0, rank, ranks) for i in batch[2]]
     assert sorted(seen) == list(range(11))
 
 
@@ -760,12 +764,12 @@ def test_evaluation_is_shared_exactly(tiny_folder, ranks):
 def test_a_batch_larger_than_a_ranks_share(tiny_folder, batch, ranks, repeated):
     train, _, _ = datasets.build_datasets(tiny_folder, "IMNET", small_transform(), small_transform())
     with pytest.raises(ValueError, match=f"24 images, too few for one batch of {batch} on each of {ranks} ranks: .*--batch-size"):
-        datasets.build_loader(train, True, batch, 0, 0, ranks, repeated_aug=repeated)
+        loaders.build_loader(train, True, batch, 0, 0, ranks, repeated_aug=repeated)
 
 
 def test_a_small_validation_set_needs_no_full_batch(tiny_folder):
     _, val, _ = datasets.build_datasets(tiny_folder, "IMNET", small_transform(), small_transform())
-    assert len(next(iter(datasets.build_loader(val, False, 64, 0)))[0]) == 11
+    assert len(next(iter(loaders.build_loader(val, False, 64, 0)))[0]) == 11
 
 
 # ---- the command line ----

@@ -14,6 +14,7 @@ from conftest import ROOT
 
 import datasets
 import doctor
+from shards import write_shards
 
 TORCH = importlib.metadata.version("torch").partition("+")[0]
 CPU_TORCH = "install the CPU-only build of torch {}, from PyTorch's CPU index"
@@ -35,7 +36,7 @@ class UnreadableImage(ValueError): pass
 raise UnreadableImage('''Caught UnreadableImage in DataLoader worker process 0.
 Original Traceback (most recent call last):
   File "x.py", line 1, in y
-datasets.UnreadableImage: cannot read the image /a: b.png (why): replace it
+decode.UnreadableImage: cannot read the image /a: b.png (why): replace it
 ''')
 """
 
@@ -156,7 +157,7 @@ def test_shards_while_torch_npu_ends_the_process(run, package, tiny_folder, tmp_
     site = package("torch_npu", TORCH, ABORTS, entry_points=AUTOLOAD)
     shutil.copytree(tiny_folder, tmp_path / "folders")
     (tmp_path / "folders" / "train" / "flower" / "00.jpg").write_text("no image")
-    datasets.write_shards(tmp_path / "folders", tmp_path / "shards", maxcount=10)
+    write_shards(tmp_path / "folders", tmp_path / "shards", maxcount=10)
     index = tmp_path / "shards" / "val" / "index.json"
     content = json.loads(index.read_text())
     content["shards"]["000000.tar"] += 1
@@ -175,18 +176,18 @@ def test_shards_while_torch_npu_ends_the_process(run, package, tiny_folder, tmp_
 def test_sample_of_the_images(tiny_folder, tmp_path, full):
     args = doctor.argparse.Namespace(images=5, full=full)
     train, val, _ = datasets.build_datasets(tiny_folder, "IMNET", None, None)
-    assert doctor.decode(train, 3, args) == (24 if full else 5, [])
-    count, wrong = doctor.decode(train, 2, doctor.argparse.Namespace(full=True, images=1))
+    assert doctor.look_at(train, 3, args) == (24 if full else 5, [])
+    count, wrong = doctor.look_at(train, 2, doctor.argparse.Namespace(full=True, images=1))
     assert count == 24 and len(wrong) == 8 and wrong[0].endswith("temple/00.jpg has the label 2, of 2 classes: write it again")
     assert doctor.same_files(train.names, val.names, args) == (11 if full else 5, [])
     assert doctor.same_files(train.names, val.names + train.names[3:4], doctor.argparse.Namespace(full=True)) == (
         12, [(train.names[3], train.names[3])])
-    datasets.write_shards(tiny_folder, tmp_path, maxcount=10)
+    write_shards(tiny_folder, tmp_path, maxcount=10)
     shards, _ = datasets.build_dataset(True, tmp_path)
-    assert doctor.decode(shards, 3, args) == (24 if full else 6, [])  # 2 of each shard
+    assert doctor.look_at(shards, 3, args) == (24 if full else 6, [])  # 2 of each shard
     broken = Path(shards.shards[1])
     broken.write_bytes(b"no tar")
-    count, [text] = doctor.decode(shards, 3, args)
+    count, [text] = doctor.look_at(shards, 3, args)
     assert count == (15 if full else 5) and f"cannot read the shard {broken} (" in text
 
 

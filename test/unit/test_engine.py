@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import devices
 import engine
 from samplers import EvalSampler
+from transforms import FixedShapeMixup
 from utils import WARMUP_STEPS
 
 CPU = torch.device("cpu")
@@ -228,12 +229,11 @@ COMBINATIONS = [
 
 @pytest.mark.parametrize("words", COMBINATIONS)
 def test_every_mixture_trains_with_the_loss_of_its_targets(words):
-    import datasets
     import losses
     import options
     args = options.parse(["--data-path", "data", *words.split()])
     mixed, shown = [], []
-    mixup = datasets.FixedShapeMixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+    mixup = FixedShapeMixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
                                      label_smoothing=args.smoothing, num_classes=CLASSES)
 
     def mix(images, targets):
@@ -305,10 +305,9 @@ class Dispatched(TorchDispatchMode):
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_the_host_reads_the_device_only_where_a_window_ends(amp):
-    import datasets
     import losses
     syncs, model = Syncs(), net()
-    mixup = datasets.FixedShapeMixup(0.8, 1.0, num_classes=CLASSES)
+    mixup = FixedShapeMixup(0.8, 1.0, num_classes=CLASSES)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     with syncs, Dispatched(syncs):
         train(model, syncs.follow(batches_of(26, 4)), amp=amp, optimizer=optimizer, mixup_fn=mixup, max_norm=5.0, accum_steps=2,

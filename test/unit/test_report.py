@@ -14,6 +14,7 @@ import checkpoint
 import datasets
 import main
 import report
+from shards import write_shards
 
 MODEL = "test_convnext"
 
@@ -33,7 +34,7 @@ def run(tiny_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def shards(tiny_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("shards") / "tiny"
-    datasets.write_shards(tiny_folder, root, maxcount=4)
+    write_shards(tiny_folder, root, maxcount=4)
     return root
 
 
