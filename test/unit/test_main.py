@@ -65,22 +65,22 @@ def usual(data):
 @pytest.fixture(scope="session")
 def start(data):
     """start(*words) -> status, out, err of main.run in this process, on `data` unless the words say otherwise"""
-    build_loader, loaders = main.datasets.build_loader, []
+    build_loader, built = main.loaders.build_loader, []
 
     def build(*args, **kwargs):
-        loaders.append(build_loader(*args, **kwargs))
-        return loaders[-1]
+        built.append(build_loader(*args, **kwargs))
+        return built[-1]
 
     def run(*words):
         out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(main.datasets, "build_loader", build):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(main.loaders, "build_loader", build):
             try:
                 status = main.run([*usual(data), *(str(word) for word in words)])
             except SystemExit as stop:  # the parser's
                 status = stop.code
         signal.signal(signal.SIGTERM, handler)
-        while loaders:  # a failed run's workers: left to the garbage collector they take 5 seconds each
-            if (iterator := loaders.pop()._iterator) is not None and hasattr(iterator, "_shutdown_workers"):
+        while built:  # a failed run's workers: left to the garbage collector they take 5 seconds each
+            if (iterator := built.pop()._iterator) is not None and hasattr(iterator, "_shutdown_workers"):
                 iterator._shutdown_workers()
         return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
     return run
