@@ -41,6 +41,7 @@ import losses
 import optim
 import transforms
 import utils
+from state import State
 
 
 def build_model(args, num_classes):
@@ -167,6 +168,62 @@ def all_agree(ranks, action):
     return result
 
 
+def build_state(args, ranks, net, precision):
+    """-> the State of a training before its first epoch, the peak learning rate"""
+    optimizer, schedule, peak_lr = optim.build(
+        net, ranks.device, lr=args.lr, global_batch=global_batch(args, ranks), epochs=args.epochs,
+        opt=args.opt, weight_decay=args.weight_decay, momentum=args.momentum, eps=args.opt_eps, betas=args.opt_betas,
+        precision=precision.name, sched=args.sched, sched_lag=args.sched_lag, warmup_lr=args.warmup_lr,
+        warmup_epochs=args.warmup_epochs, min_lr=args.min_lr, cooldown_epochs=args.cooldown_epochs,
+        decay_epochs=args.decay_epochs, decay_rate=args.decay_rate, patience_epochs=args.patience_epochs,
+        lr_noise=args.lr_noise, lr_noise_pct=args.lr_noise_pct, lr_noise_std=args.lr_noise_std, seed=args.seed)
+    net, optimizer = precision.initialize(net, optimizer)
+    model_ema = ModelEmaV3(net, decay=args.model_ema_decay) if args.model_ema else None
+    return State(net, optimizer, schedule, precision, model_ema, args.start_epoch - 1), peak_lr
+
+
+def global_batch(args, ranks):
+    """Images of one update."""
+    return args.batch_size * ranks.world_size * args.accum_steps
+
+
+def build_epoch(args, ranks, run, train_loader, num_classes):
+    """-> train_epoch(epoch, max_steps): train_one_epoch with all that stays the same"""
+    criterion = losses.DistillationLoss(losses.Criterion(args.smoothing), build_teacher(args, num_classes, ranks.device),
+                                        args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    model = torch.compile(run.net) if args.compile else run.net
+    if ranks.world_size > 1:
+        model = devices.parallel(model, ranks.device, devices.is_flat(run.optimizer))
+    mixup = transforms.FixedShapeMixup(
+        args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+        label_smoothing=args.smoothing, num_classes=num_classes) if options.mixes(args) else None
+
+    def train_epoch(epoch, max_steps):
+        loaders.set_epoch(train_loader, epoch)
+        run.start_epoch(epoch)
+        try:
+            return engine.train_one_epoch(
+                model, criterion, train_loader, run.optimizer, ranks.device, epoch, run.precision, args.clip_grad, run.model_ema, mixup,
+                accum_steps=args.accum_steps, max_steps=max_steps, print_freq=args.print_freq, ranks=ranks.world_size,
+                quiet=not ranks.is_main, memory=partial(devices.max_memory, ranks.device))
+        except engine.NonFiniteLoss as error:
+            raise named(error, epoch, train_loader.dataset, ranks) from error
+    return train_epoch
+
+
+def test_epoch(run, evaluate, val_loader, say):
+    """-> log.txt's numbers of an evaluation, and whether this is the best epoch so far"""
+    tests = {f"test_{key}": value for key, value in evaluate(val_loader, run.net).items() if key != "images"}
+    run.accuracy = score = tests["test_acc1"]
+    if run.model_ema is not None:  # what is kept and evaluated is what decides
+        averaged = evaluate(val_loader, run.model_ema.module, header="Test EMA:")
+        tests |= {f"test_ema_{key}": value for key, value in averaged.items() if key != "images"}
+        score = tests["test_ema_acc1"]
+    improved, run.best = score > run.best, max(run.best, score)
+    say(f"Max accuracy: {run.best:.2f}%")
+    return tests, improved
+
+
 def save_epoch(folder, row, content, improved):
     """The row and the best checkpoint first: a crash between them and the last checkpoint repeats the epoch."""
     utils.append_json(folder / "log.txt", row)
@@ -213,7 +270,6 @@ def main(args):
     precision = devices.make_precision(device, args.amp)
     evaluate = partial(engine.evaluate, device=device, autocast=precision.autocast, ranks=ranks.world_size if args.dist_eval else 1,
                        shared=args.dist_eval, quiet=not ranks.is_main)
-
     if args.throughout:
         rate = engine.throughput(val_loader, net, device, precision.autocast, partial(devices.synchronize, device), time.perf_counter)
         say(f"batch_size {min(args.batch_size, len(val_loader.dataset))} throughput {rate:.2f}")
@@ -223,86 +279,46 @@ def main(args):
         say(f"Accuracy of the network on the {stats['images']} test images: {stats['acc1']:.3f}%")
         return
 
-    global_batch = args.batch_size * ranks.world_size * args.accum_steps
-    optimizer, schedule, peak_lr = optim.build(
-        net, device, lr=args.lr, global_batch=global_batch, epochs=args.epochs,
-        opt=args.opt, weight_decay=args.weight_decay, momentum=args.momentum, eps=args.opt_eps, betas=args.opt_betas,
-        precision=precision.name, sched=args.sched, sched_lag=args.sched_lag, warmup_lr=args.warmup_lr,
-        warmup_epochs=args.warmup_epochs, min_lr=args.min_lr, cooldown_epochs=args.cooldown_epochs,
-        decay_epochs=args.decay_epochs, decay_rate=args.decay_rate, patience_epochs=args.patience_epochs,
-        lr_noise=args.lr_noise, lr_noise_pct=args.lr_noise_pct, lr_noise_std=args.lr_noise_std, seed=args.seed)
-    net, optimizer = precision.initialize(net, optimizer)
-    model_ema = ModelEmaV3(net, decay=args.model_ema_decay) if args.model_ema else None
-    start_epoch, best, accuracy = args.start_epoch, -1.0, None
+    run, peak_lr = build_state(args, ranks, net, precision)
     if saved:
-        optim.load_state(optimizer, saved["optimizer"])
-        schedule.load_state_dict(saved.get("schedule", {}))
+        run.load_state_dict(saved, saved_path)
         if args.sched == "plateau":
-            say(f"plateau goes on at {optimizer.param_groups[0]['lr']:g}")
-        precision.load_state_dict(saved.get("scaler") or saved.get("amp") or {})
-        if model_ema is not None and saved.get("model_ema"):
-            checkpoint.load_weights(model_ema.module, checkpoint.model_state(saved, saved_path, ema=True), saved_path)
-        start_epoch, best, accuracy = saved["epoch"] + 1, saved.get("best_accuracy", -1.0), saved.get("last_accuracy")
-    criterion = losses.DistillationLoss(losses.Criterion(args.smoothing), build_teacher(args, len(classes), device),
-                                        args.distillation_type, args.distillation_alpha, args.distillation_tau)
-    model = torch.compile(net) if args.compile else net
-    if ranks.world_size > 1:
-        model = devices.parallel(model, device, devices.is_flat(optimizer))
+            say(f"plateau goes on at {run.optimizer.param_groups[0]['lr']:g}")
+    train_epoch = build_epoch(args, ranks, run, train_loader, len(classes))
     folder = Path(args.output_dir) if args.output_dir and ranks.is_main else None
-    moved = all_agree(ranks, lambda: prepare_output(folder, args, saved_path, start_epoch) if folder else [])
+    moved = all_agree(ranks, lambda: prepare_output(folder, args, saved_path, run.epoch + 1) if folder else [])
     if moved:
         say(f"An earlier run's files in {folder} are now {', '.join(moved)}")
-    mixup = transforms.FixedShapeMixup(
-        args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
-        label_smoothing=args.smoothing, num_classes=len(classes)) if options.mixes(args) else None
-
-    say(recipe(args, ranks, precision, peak_lr, optimizer, net, train_loader))
+    say(recipe(args, ranks, precision, peak_lr, run.optimizer, run.net, train_loader))
     if folder and saved and checkpoint.epoch_of(folder / checkpoint.LAST) < saved["epoch"]:  # its last save had failed
         checkpoint.save(folder / checkpoint.LAST, **saved)
-    if start_epoch >= args.epochs:
-        say(f"Nothing to train: epoch {start_epoch} of {args.epochs} is next (--epochs)")
+    if run.epoch + 1 >= args.epochs:
+        say(f"Nothing to train: epoch {run.epoch + 1} of {args.epochs} is next (--epochs)")
+    started = time.perf_counter()
+    train(args, ranks, run, train_epoch, partial(test_epoch, run, evaluate, val_loader, say), folder, classes)
+    say(f"Training time {timedelta(seconds=int(time.perf_counter() - started))}")
 
-    started, steps_left = time.perf_counter(), args.max_step
-    for epoch in range(start_epoch, args.epochs):
-        epoch_started = time.perf_counter()
-        loaders.set_epoch(train_loader, epoch)
-        schedule.start_epoch(epoch, accuracy)
-        accuracy = None  # told once: plateau counts
-        try:
-            stats = engine.train_one_epoch(
-                model, criterion, train_loader, optimizer, device, epoch, precision, args.clip_grad, model_ema, mixup,
-                accum_steps=args.accum_steps, max_steps=steps_left, print_freq=args.print_freq, ranks=ranks.world_size,
-                quiet=not ranks.is_main, memory=partial(devices.max_memory, device))
-        except engine.NonFiniteLoss as error:
-            raise named(error, epoch, train_loader.dataset, ranks) from error
+
+def train(args, ranks, run, train_epoch, test, folder, classes):
+    """The epochs that are left: train, test, save. folder: of checkpoints and log.txt, or None"""
+    steps_left = args.max_step
+    for epoch in range(run.epoch + 1, args.epochs):
+        started = time.perf_counter()
+        stats = train_epoch(epoch, steps_left)
+        run.epoch = epoch
         steps_left -= stats["steps"] if args.max_step else 0
         last = epoch + 1 == args.epochs or (args.max_step and steps_left <= 0)
-
-        tests, improved = {}, False
-        if not args.no_eval and ((epoch + 1) % args.val_interval == 0 or last):
-            tests = {f"test_{key}": value for key, value in evaluate(val_loader, net).items() if key != "images"}
-            accuracy = score = tests["test_acc1"]
-            if model_ema is not None:  # what is kept and evaluated is what decides
-                averaged = evaluate(val_loader, model_ema.module, header="Test EMA:")
-                tests |= {f"test_ema_{key}": value for key, value in averaged.items() if key != "images"}
-                score = tests["test_ema_acc1"]
-            improved, best = score > best, max(best, score)
-            say(f"Max accuracy: {best:.2f}%")
-
+        tested = not args.no_eval and ((epoch + 1) % args.val_interval == 0 or last)
+        tests, improved = test() if tested else ({}, False)
         if folder:
             row = {
                 "train_lr": stats["lr"], "train_loss": stats["loss"], "test_loss": None, "test_acc1": None, "test_acc5": None,
-                "epoch": epoch, "n_parameters": sum(p.numel() for p in net.parameters() if p.requires_grad), **tests,
-                "max_acc1": max(best, 0.0), "fps": stats["fps"], "steps": stats["steps"], "world_size": ranks.world_size,
-                "global_batch": global_batch, "epoch_seconds": time.perf_counter() - epoch_started}
-            content = dict(
-                model=net.state_dict(), optimizer=optim.portable_state(optimizer), schedule=schedule.state_dict(),
-                scaler=precision.state_dict(), epoch=epoch, best_accuracy=best, last_accuracy=accuracy, options=vars(args),
-                classes=classes, **({"model_ema": model_ema.module.state_dict()} if model_ema is not None else {}))
-            save_epoch(folder, row, content, improved)
+                "epoch": epoch, "n_parameters": sum(p.numel() for p in run.net.parameters() if p.requires_grad), **tests,
+                "max_acc1": max(run.best, 0.0), "fps": stats["fps"], "steps": stats["steps"], "world_size": ranks.world_size,
+                "global_batch": global_batch(args, ranks), "epoch_seconds": time.perf_counter() - started}
+            save_epoch(folder, row, dict(run.state_dict(), options=vars(args), classes=classes), improved)
         if last:
             break
-    say(f"Training time {timedelta(seconds=int(time.perf_counter() - started))}")
 
 
 def complain(error, training):
