@@ -14,6 +14,11 @@ from tqdm import tqdm
 WARMUP_STEPS = 5  # steps of an epoch that fps leaves out: compilers, caches and loader workers start up in them
 
 
+def shown(name):
+    """A file's or a class's name within a line: what would end the line, move the cursor or not be printed is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+
+
 class MetricLogger:
     """Follows a loop: yields its batches, and times the windows between two readings of the device.
 
