@@ -8,6 +8,7 @@
 
 Exit status: 0 done, 2 something is wrong with what was asked for, 3 the loss was not finite, 1 anything else.
 """
+import math
 import os
 import re
 import signal
@@ -232,9 +233,13 @@ def save_epoch(folder, row, content, improved):
     checkpoint.save(folder / checkpoint.LAST, **content)
 
 
-def recipe(args, ranks, precision, peak_lr, optimizer, net, train_loader):
-    """What this run does, as it is really used."""
-    per_step = args.batch_size * ranks.world_size
+def recipe(args, ranks, precision, peak_lr, optimizer, schedule, net, train_loader, start_epoch):
+    """What this run does, as it is really used, and what of it is hardly meant."""
+    per_step, iterations = args.batch_size * ranks.world_size, len(train_loader)
+    end = min(args.epochs, start_epoch + math.ceil(args.max_step / iterations)) if args.max_step else args.epochs
+    epochs = range(start_epoch, end)
+    rates = schedule.rates(epochs)
+    highest = max(range(len(rates)), key=rates.__getitem__, default=None)
     return "\n".join([
         "Recipe",
         f"  model          {args.model}, {sum(p.numel() for p in net.parameters()):,} parameters, {net.num_classes} classes, "
@@ -245,11 +250,16 @@ def recipe(args, ranks, precision, peak_lr, optimizer, net, train_loader):
         f"{args.accum_steps} accumulated, {len(train_loader)} iterations an epoch",
         f"  optimizer      {type(optimizer).__name__}, weight decay {args.weight_decay}, clip {args.clip_grad or 'off'}",
         f"  effective lr   {peak_lr:.6g} = {args.lr:g} x {per_step * args.accum_steps} / 512",
-        "  peak lr        " + (f"{peak_lr:.6g} throughout" if args.sched == "none" else
-                               f"{peak_lr:.6g} after {args.warmup_epochs} warm-up epochs from {args.warmup_lr:g}, then {args.sched}"
+        "  schedule       " + ("none" if args.sched == "none" else
+                               f"{args.warmup_epochs} warm-up epochs from {args.warmup_lr:g}, then {args.sched}"
                                f"{'' if args.sched in ('constant', 'step') else f' to {args.min_lr:g}'}, lag {args.sched_lag}"),
+        "  rates          " + ("none: nothing to train" if highest is None else
+                               f"{rates[0]:.6g} in epoch {start_epoch}, highest {rates[highest]:.6g} in epoch {epochs[highest]}, "
+                               f"{rates[-1]:.6g} in epoch {epochs[-1]}"
+                               f"{', as long as the accuracy rises' if args.sched == 'plateau' else ''}"),
         f"  epochs         {args.epochs}, drop path {args.drop_path}",
         f"  augmentation   {args.aa}, mixup {args.mixup}, cutmix {args.cutmix}, smoothing {args.smoothing}, erasing {args.reprob}",
+        *(f"warning: {doubt}" for doubt in options.doubts(args, peak_lr, iterations)),
     ])
 
 
@@ -289,7 +299,7 @@ def main(args):
     moved = all_agree(ranks, lambda: prepare_output(folder, args, saved_path, run.epoch + 1) if folder else [])
     if moved:
         say(f"An earlier run's files in {folder} are now {', '.join(moved)}")
-    say(recipe(args, ranks, precision, peak_lr, run.optimizer, run.net, train_loader))
+    say(recipe(args, ranks, precision, peak_lr, run.optimizer, run.schedule, run.net, train_loader, run.epoch + 1))
     if folder and saved and checkpoint.epoch_of(folder / checkpoint.LAST) < saved["epoch"]:  # its last save had failed
         checkpoint.save(folder / checkpoint.LAST, **saved)
     if run.epoch + 1 >= args.epochs:

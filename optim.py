@@ -1,9 +1,11 @@
 """How are weights moved? Effective learning rate, parameter groups, optimizer and schedule: one function, in that order."""
+import copy
 import inspect
+from types import SimpleNamespace
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_weight_decay
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import TanhLRScheduler, create_scheduler_v2
 
 import devices
 
@@ -14,15 +16,32 @@ def effective_lr(lr, global_batch):
 
 
 class Schedule:
-    """timm's scheduler, asked before each epoch: epoch e runs at its step max(e - lag, 0)."""
+    """timm's scheduler, asked before each epoch: epoch e runs at its step e - lag.
 
-    def __init__(self, scheduler, lag=0):
-        self.scheduler, self.lag = scheduler, lag
+    Epoch 0, and what comes before step 0, run at the rates the scheduler begins with, as upstream's, which is asked for
+    the first time when epoch 0 is over: noise never moves that epoch.
+    """
+
+    def __init__(self, optimizer, scheduler, lag=0):
+        self.optimizer, self.scheduler, self.lag = optimizer, scheduler, lag
 
     def start_epoch(self, epoch, metric=None):
         """Set the rates of `epoch`. metric: the accuracy after the epoch before, for plateau; None where there is none."""
+        if self.scheduler is not None and epoch >= max(self.lag, 1):
+            self.scheduler.step(epoch - self.lag, metric)
+
+    def rates(self, epochs):
+        """The rate of each of `epochs`, before they run and without a change: plateau's as if the accuracy always rose."""
+        twin = copy.copy(self)
+        twin.optimizer = SimpleNamespace(param_groups=[dict(group) for group in self.optimizer.param_groups])
         if self.scheduler is not None:
-            self.scheduler.step(max(epoch - self.lag, 0), metric)
+            twin.scheduler = copy.copy(self.scheduler)
+            twin.scheduler.optimizer = twin.optimizer
+        found = []
+        for epoch in epochs:
+            twin.start_epoch(epoch)
+            found.append(twin.optimizer.param_groups[0]["lr"])
+        return found
 
     def state_dict(self):
         """Only what the options do not say again: plateau counts bad epochs, the others are functions of the epoch."""
@@ -78,7 +97,11 @@ def build(model, device, *, lr, global_batch, epochs, opt="adamw", weight_decay=
         warmup_lr=peak_lr if sched == "plateau" and not warmup_epochs else warmup_lr,  # timm's plateau starts there all the same
         warmup_epochs=warmup_epochs, noise=list(lr_noise) if lr_noise else None, noise_pct=lr_noise_pct,
         noise_std=lr_noise_std, noise_seed=seed)
-    return optimizer, Schedule(scheduler, sched_lag), peak_lr
+    if sched == "tanh":  # upstream's timm 0.3.2 drew it from -6 to 4, today's from -7 to 3: up to 4.9 times that rate
+        scheduler = TanhLRScheduler(
+            optimizer, epochs, lb=-6.0, ub=4.0, lr_min=min_lr, warmup_t=warmup_epochs, warmup_lr_init=warmup_lr,
+            noise_range_t=scheduler.noise_range_t, noise_pct=lr_noise_pct, noise_std=lr_noise_std, noise_seed=seed)
+    return optimizer, Schedule(optimizer, scheduler, sched_lag), peak_lr
 
 
 def portable_state(optimizer):

@@ -29,7 +29,7 @@ OPTIONS = {
         ("--max_step",             0,               int,   "iterations",        "ascend", "end this run normally after so many iterations; 0: no limit"),
         ("--output_dir",           "",              str,   "folder",            "deit",  "where checkpoints and log.txt go; empty: nothing is saved"),
         ("--device",               "auto",          str,   "npu|cuda|gpu|cpu|auto", "deit", "auto: npu, else cuda, else cpu; npu:3 picks a card"),
-        ("--seed",                 0,               int,   None,                "deit",  "seed of weights, samplers and augmentation"),
+        ("--seed",                 0,               int,   None,                "deit",  "seed of weights, augmentation, noise and the order of images (upstream's order is always seed 0's)"),
         ("--resume",               "",              str,   "file|auto",         "deit",  "go on from a checkpoint; auto: the newest one in --output_dir"),
         ("--start_epoch",          0,               int,   "epoch",             "deit",  "first epoch, where no checkpoint says it"),
         ("--finetune",             "",              str,   "file",              "deit",  "start from these weights at epoch 0; another number of classes gets a new head"),
@@ -68,7 +68,7 @@ OPTIONS = {
         ("--weight-decay",         0.05,            float, None,                "deit",  "weight decay"),
         ("--accum-steps",          1,               int,   "iterations",        "ours",  "iterations whose gradients make one update"),
         ("--lr",                   5e-4,            float, "per 512 images",    "deit",  "learning rate; used is lr * global batch / 512"),
-        ("--sched",                "cosine",        str,   ("cosine", "tanh", "step", "plateau", "poly", "constant", "none"), "deit", "schedule"),
+        ("--sched",                "cosine",        str,   ("cosine", "tanh", "step", "plateau", "poly", "constant", "none"), "deit", "schedule; tanh is upstream's, from -6 to 4; poly, constant and none are timm's of today"),
         ("--sched-lag",            1,               int,   "epochs",            "ours",  "epoch e runs at the schedule's step e - lag, as in the published logs; 0 removes it"),
         ("--warmup-lr",            1e-6,            float, None,                "deit",  "rate at the start of the warm-up"),
         ("--warmup-epochs",        5,               int,   "epochs",            "deit",  "length of the warm-up"),
@@ -76,10 +76,10 @@ OPTIONS = {
         ("--cooldown-epochs",      10,              int,   "epochs",            "deit",  "epochs at the floor after the schedule; the loop ends at --epochs, as upstream's"),
         ("--decay-epochs",         30.0,            float, "epochs",            "deit",  "step: interval"),
         ("--decay-rate --dr",      0.1,             float, None,                "deit",  "step, plateau: factor; poly: power"),
-        ("--patience-epochs",      10,              int,   "epochs",            "deit",  "plateau: patience"),
-        ("--lr-noise",             None,            floats, "of the epochs",    "deit",  "noise on the rate between these fractions of the schedule"),
+        ("--patience-epochs",      10,              int,   "epochs",            "deit",  "plateau: patience, in epochs without a better accuracy (upstream's loop passes none, and ends there)"),
+        ("--lr-noise",             None,            floats, "of the epochs",    "deit",  "noise on the rate between these fractions of the schedule; never in epoch 0, as upstream's"),
         ("--lr-noise-pct",         0.67,            float, None,                "deit",  "its limit"),
-        ("--lr-noise-std",         1.0,             float, None,                "deit",  "its standard deviation"),
+        ("--lr-noise-std",         1.0,             float, None,                "deit",  "its standard deviation (upstream's timm took 1 whatever was said)"),
     ],
     "Data": [
         ("--data-path",            "",              str,   "folder",            "deit",  "the data set"),
@@ -301,6 +301,25 @@ def notes(args, device_type=None):
         idle(["distillation_alpha"], "there is no --distillation-type")
     if args.data_set not in ("INAT", "INAT19"):
         idle(["inat_category"], f"{args.data_set} has one level of classes")
+    return found
+
+
+def doubts(args, peak_lr, iterations):
+    """One line for each number that is allowed and hardly meant. peak_lr: --lr scaled by the batch; iterations: of an epoch."""
+    found, steps = [], min(iterations, args.max_step or iterations)
+    if args.sched not in ("none", "constant", "step") and 0 < peak_lr < args.min_lr:
+        found.append(f"the effective rate {peak_lr:g} is below the floor --min-lr {args.min_lr:g}, so that "
+                     f"{'it is never reduced' if args.sched == 'plateau' else 'the rate rises to the end'}: a larger --lr, or --min-lr 0")
+    if args.sched != "none" and args.warmup_epochs:
+        if 0 < peak_lr < args.warmup_lr:
+            found.append(f"the warm-up falls, from --warmup-lr {args.warmup_lr:g} to the effective rate {peak_lr:g}: a larger --lr, "
+                         "or --warmup-epochs 0")
+        if args.epochs - 1 - args.sched_lag < args.warmup_epochs:
+            found.append(f"--epochs {args.epochs} ends before the warm-up of {args.warmup_epochs} does (lag {args.sched_lag}): the rate "
+                         f"never comes to {peak_lr:g}: more --epochs, or fewer --warmup-epochs")
+    if args.accum_steps > steps:
+        found.append(f"--accum-steps {args.accum_steps} is more than the {steps} iterations of an epoch: an update adds up {steps}, and "
+                     f"the rate is scaled for {args.accum_steps}: --accum-steps {steps} at most")
     return found
 
 

@@ -176,7 +176,7 @@ def test_the_recipe_is_printed_as_it_is_used(trained):
     block = trained.out[trained.out.index("Recipe"):trained.out.index("Epoch:")]
     for line in ("model          alt_gvt_small, 23,549,315 parameters, 3 classes, 32 pixels", "world size 1", "precision      fp32\n",
                  "global batch   8 = 8 x 1 ranks x 1 accumulated, 3 iterations an epoch", "weight decay 0.05, clip 5.0",
-                 "effective lr   0.00025 = 0.016 x 8 / 512", "peak lr        0.00025 after 0 warm-up epochs", "drop path 0.0",
+                 "effective lr   0.00025 = 0.016 x 8 / 512", "schedule       0 warm-up epochs", "drop path 0.0",
                  "epochs         3", "none, mixup 0.0, cutmix 0.0, smoothing 0.0, erasing 0.0"):
         assert line in block
     assert trained.out.count("Recipe") == 1

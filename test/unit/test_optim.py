@@ -205,7 +205,7 @@ def test_other_schedules():
     after = {
         "step": lambda e: 1e-3 * 0.1 ** (e // 30), "constant": lambda e: 1e-3, "none": lambda e: 1e-3,
         "poly": lambda e: 1e-5 + (1e-3 - 1e-5) * (1 - e / 300) ** 0.1,
-        "tanh": lambda e: 1e-5 + (1e-3 - 1e-5) / 2 * (1 - math.tanh(-7 * (1 - e / 300) + 3 * e / 300))}
+        "tanh": lambda e: 1e-5 + (1e-3 - 1e-5) / 2 * (1 - math.tanh(-6 * (1 - e / 300) + 4 * e / 300))}
     for sched, formula in after.items():
         found = rates(*build(sched=sched, sched_lag=0)[:2], 300)
         assert found[5:] == pytest.approx([formula(e) for e in range(5, 300)], rel=1e-9), sched
