@@ -102,14 +102,20 @@ def load_weights(model, state, path="the checkpoint"):
     model.load_state_dict(state)
 
 
-def adapt_head(model, state, head="head"):
+def outputs(state, head="head"):
+    """The number of classes of the head in a file, None where it has no such head."""
+    weight = state.get(f"{head}.weight")
+    return len(weight) if weight is not None and weight.dim() else None
+
+
+def adapt_head(model, state, head="head", anew=False):
     """`state` without a head of another number of classes; the model's own, freshly initialised, takes its place.
 
-    -> (state to load, number of classes in the file, or None where the head fits)
+    anew: also where the number fits. -> (state to load, number of classes in the file, or None where the head stays)
     """
     own = model.state_dict()
     key = f"{head}.weight"
-    if key not in state or key not in own or state[key].shape == own[key].shape:
+    if key not in state or key not in own or (state[key].shape == own[key].shape and not anew):
         return state, None
     fresh = {k: v for k, v in own.items() if k.startswith(f"{head}.")}
     return {**{k: v for k, v in state.items() if not k.startswith(f"{head}.")}, **fresh}, state[key].shape[0]
@@ -138,15 +144,6 @@ def epoch_of(path):
         return epoch_in(read(path))
     except ValueError:
         return -2
-
-
-def check_classes(content, classes, path="the checkpoint"):
-    """ValueError where the checkpoint knows other classes, or the same ones in another order."""
-    theirs = content.get("classes") if isinstance(content, dict) else None
-    if isinstance(theirs, list) and theirs != list(classes):
-        where = next((i for i, (a, b) in enumerate(zip(theirs, classes)) if a != b), min(len(theirs), len(classes)))
-        raise ValueError(f"{path} was trained on other classes: {len(theirs)} and the data {len(classes)}, number {where} is "
-                         f"{theirs[where:where + 1]} there and {list(classes[where:where + 1])} here: use its data, or --finetune")
 
 
 def prepare_folder(folder, resumed=None, auto=False):

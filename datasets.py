@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets
 
+import labels
 from decode import UnreadableImage
 from shards import ShardedImages, write_index, write_shards
 from transforms import build_transform  # noqa: F401  upstream's place for it
@@ -36,10 +37,11 @@ def build_dataset(is_train, data_path, data_set="IMNET", transform=None, inat_ca
         except RuntimeError as error:
             raise ValueError(f"--data-path {root}: no intact {kind.base_folder} in it: unpack {kind.filename} "
                              "there") from error
-        return NamedImages(found, [f"{split} image {i} of {kind.base_folder}" for i in range(len(found))], transform), found.classes
+        names = [f"{split} image {i} of {kind.base_folder}" for i in range(len(found))]
+        return NamedImages(found, names, transform, found.classes), found.classes
     if data_set in ("INAT", "INAT19"):
         found = INatDataset(root, is_train, 2018 if data_set == "INAT" else 2019, inat_category)
-        return NamedImages(found, [path for path, _ in found.samples], transform), found.classes
+        return NamedImages(found, [path for path, _ in found.samples], transform, found.classes), found.classes
     if not (root / split).is_dir():
         raise ValueError(f"--data-path {root}: it has no folder {split}/ (expected train/ and val/)")
     if shards := sorted(glob.glob(f"{glob.escape(str(root / split))}/*.tar")):
@@ -50,28 +52,31 @@ def build_dataset(is_train, data_path, data_set="IMNET", transform=None, inat_ca
     except FileNotFoundError as error:
         raise ValueError(f"--data-path {root}: {str(error).splitlines()[0].rstrip('.')}: every class is a folder in {split}/ with "
                          "at least one image") from error
-    return NamedImages(found, [path for path, _ in found.samples], transform), found.classes
+    return NamedImages(found, [path for path, _ in found.samples], transform, found.classes), found.classes
 
 
-def build_datasets(data_path, data_set, train_transform, val_transform, inat_category="name", seed=0, with_train=True):
-    """-> (training set or None, validation set, class names); the two must have the same classes."""
+def build_datasets(data_path, data_set, train_transform, val_transform, inat_category="name", seed=0, with_train=True, class_map=None):
+    """-> (training set or None, validation set, class names); the two must have the same classes, which are numbered as in train/.
+
+    class_map: as labels.read_class_map gives it; with it some class may have no validation image.
+    """
     val, classes = build_dataset(False, data_path, data_set, val_transform, inat_category)
     if not with_train:
         return None, val, classes
     train, train_classes = build_dataset(True, data_path, data_set, train_transform, inat_category, seed)
-    if train_classes != classes:
-        missing, unknown = (sorted(a - b)[:3] for a, b in ((set(train_classes), set(classes)),
-                                                           (set(classes), set(train_classes))))
-        raise ValueError(f"--data-path {data_path}: train/ has {len(train_classes)} classes and val/ {len(classes)}, and they "
-                         f"differ: only in train {missing}, only in val {unknown}: make the folders agree")
-    return train, val, classes
+    labels.compare(train_classes, classes, data_path, class_map)
+    val.numbering = labels.decide(train_classes).of(classes)
+    return train, val, train_classes
 
 
 class NamedImages(Dataset):
-    """(transformed image, class, index): by the index `name` says what it was; an unreadable image says its path."""
+    """(transformed image, class, index): by the index `name` says what it was; an unreadable image says its path.
 
-    def __init__(self, dataset, names, transform=None):
-        self.dataset, self.names, self.transform = dataset, names, transform
+    numbering: the output of the network for each of `classes`, where it is not the class's own number.
+    """
+
+    def __init__(self, dataset, names, transform=None, classes=()):
+        self.dataset, self.names, self.transform, self.classes, self.numbering = dataset, names, transform, classes, None
 
     def __len__(self):
         return len(self.dataset)
@@ -82,6 +87,7 @@ class NamedImages(Dataset):
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UnreadableImage(f"cannot read the image {self.name(index)} ({str(error).splitlines()[0]}): "
                                   "replace it or remove it") from error
+        target = target if self.numbering is None else self.numbering[target]
         return self.transform(image) if self.transform else image, target, index
 
     def name(self, index):

@@ -37,6 +37,7 @@ import datasets
 import decode
 import engine
 import gvt  # noqa: F401  registers the models
+import labels
 import loaders
 import losses
 import optim
@@ -73,18 +74,44 @@ def build_model(args, num_classes):
     return model
 
 
-def build_teacher(args, num_classes, device):
+class Reordered(torch.nn.Module):
+    """A network whose outputs are picked: `outputs` says which are the student's classes, in its order."""
+
+    def __init__(self, net, outputs):
+        super().__init__()
+        self.net = net
+        self.register_buffer("outputs", torch.tensor(outputs), persistent=False)
+
+    def forward(self, images):
+        return self.net(images).index_select(1, self.outputs)
+
+
+def build_teacher(args, classes, device, say):
+    """The teacher, with outputs in the order of `classes`, the student's. None without a distillation."""
     if args.distillation_type == "none":
         return None
+    state, published = None, timm.get_pretrained_cfg(args.teacher_model)
+    if args.teacher_path:
+        content = checkpoint.read(args.teacher_path)
+        state = checkpoint.model_state(content, args.teacher_path)
+        weights = labels.Weights(args.teacher_path, checkpoint.outputs(state, head_of(args.teacher_model)), labels.named_in(content))
+    else:
+        weights = labels.Weights(f"--teacher-model {args.teacher_model}", getattr(published, "num_classes", None),
+                                 getattr(published, "label_names", None))
+    numbering = labels.decide(classes, weights, use="teacher", stated=bool(args.class_map))
+    for note in numbering.notes:
+        say(f"note: {note}")
     try:
-        teacher = timm.create_model(args.teacher_model, pretrained=not args.teacher_path, num_classes=num_classes)
+        teacher = timm.create_model(args.teacher_model, pretrained=not args.teacher_path, num_classes=len(numbering.names))
     except Exception as error:
         raise ValueError(f"--teacher-model {args.teacher_model}: {checkpoint.first_line(error)}: name a model of timm's, and "
                          "its weights as --teacher-path FILE") from error
-    if args.teacher_path:
-        checkpoint.load_weights(teacher, checkpoint.model_state(checkpoint.read(args.teacher_path), args.teacher_path),
-                                args.teacher_path)
-    return teacher.to(device).eval()
+    if state is not None:
+        checkpoint.load_weights(teacher, state, args.teacher_path)
+    outputs = numbering.of(classes)
+    if len(numbering.names) != len(classes):
+        outputs = [numbering.index[labels.normal(name)] for name in classes]
+    return (teacher if outputs is None else Reordered(teacher, outputs)).to(device).eval()
 
 
 def build_data(args, ranks):
@@ -96,7 +123,7 @@ def build_data(args, ranks):
         reprob=args.reprob, remode=args.remode, recount=args.recount, hflip=args.hflip, crop_scale=args.crop_scale)
     train, val, classes = datasets.build_datasets(
         args.data_path, args.data_set, train_transform, transform(is_train=False), args.inat_category, args.seed,
-        with_train=not (args.eval or args.throughout))
+        with_train=not (args.eval or args.throughout), class_map=read_class_map(args))
     loader = partial(loaders.build_loader, batch_size=args.batch_size, workers=args.num_workers,
                      seed=args.seed, pin_memory=args.pin_mem and devices.pins_memory(ranks.device),
                      start_method=devices.worker_start_method(ranks.device))
@@ -105,27 +132,55 @@ def build_data(args, ranks):
     return train_loader, loader(val, False, **shared), classes
 
 
-def load_weights(args, net, classes, say):
+def read_class_map(args):
+    return labels.read_class_map(args.class_map) if args.class_map else None
+
+
+def read_weights(args):
+    """What --finetune or --resume name: (content, path); (None, None) for neither."""
+    path = options.finetune_file(args) or options.resume_file(args)
+    if path == "auto":
+        return checkpoint.find_newest(args.output_dir)[::-1]
+    return (checkpoint.read(path), path) if path else (None, None)
+
+
+def head_of(model_name):
+    """The module that classifies, as timm names it; of two heads the first."""
+    names = getattr(timm.get_pretrained_cfg(model_name), "classifier", None) or "head"
+    return names if isinstance(names, str) else names[0]
+
+
+def number_classes(args, dataset_list, classes, content, path):
+    """Decide which output of the network each class is, and tell the data sets. -> labels.Numbering"""
+    weights = None
+    if path:
+        state = checkpoint.model_state(content, path, ema=args.eval and args.model_ema)
+        weights = labels.Weights(str(path), checkpoint.outputs(state, head_of(args.model)), labels.named_in(content))
+    elif args.pretrained and (published := timm.get_pretrained_cfg(args.model)):
+        weights = labels.Weights(f"--pretrained {args.model}", published.num_classes, published.label_names)
+    use = ("evaluate" if args.eval else "measure" if args.throughout else
+           "resume" if options.resume_file(args) else "finetune" if weights else "train")
+    found = labels.decide(classes, weights, read_class_map(args), use)
+    for dataset in dataset_list:
+        dataset.numbering = found.of(dataset.classes)
+    return found
+
+
+def load_weights(args, net, content, path, numbering, say):
     """Put the weights of --finetune or --resume into `net`. -> the checkpoint to go on from and its path, or None, None
 
-    Only --resume goes on; --finetune takes weights, and gives another number of classes a new head.
+    Only --resume goes on; --finetune takes weights, and gives other classes a new head.
     """
-    if path := options.finetune_file(args):
-        content = checkpoint.read(path)
-        state, other = checkpoint.adapt_head(net, checkpoint.model_state(content, path),
-                                             net.pretrained_cfg.get("classifier") or "head")
+    if options.finetune_file(args):
+        state, _ = checkpoint.adapt_head(net, checkpoint.model_state(content, path), head_of(args.model), anew=numbering.fresh)
         checkpoint.load_weights(net, state, path)
-        say(f"Fine-tuning from {path}" + (f": its head has {other} classes and the data {net.num_classes}, so the head "
-                                          "starts anew" if other else ""))
-        if not other and isinstance(content, dict) and content.get("classes", classes) != classes:
-            say(f"note: {path} knows other classes, or another order; their number is the same, so the head stays")
+        say(f"Fine-tuning from {path}")
         return None, None
-    path = options.resume_file(args)
+    if args.pretrained and numbering.fresh:
+        net.reset_classifier(net.num_classes)
     if not path:
         return None, None
-    path, content = checkpoint.find_newest(args.output_dir) if path == "auto" else (path, checkpoint.read(path))
     checkpoint.load_weights(net, checkpoint.model_state(content, path, ema=args.eval and args.model_ema), path)
-    checkpoint.check_classes(content, classes, path)
     if args.eval or args.throughout:
         return None, None
     if not isinstance(content, dict) or not {"optimizer", "epoch"} <= set(content):
@@ -188,16 +243,16 @@ def global_batch(args, ranks):
     return args.batch_size * ranks.world_size * args.accum_steps
 
 
-def build_epoch(args, ranks, run, train_loader, num_classes):
+def build_epoch(args, ranks, run, train_loader, classes, say):
     """-> train_epoch(epoch, max_steps): train_one_epoch with all that stays the same"""
-    criterion = losses.DistillationLoss(losses.Criterion(args.smoothing), build_teacher(args, num_classes, ranks.device),
+    criterion = losses.DistillationLoss(losses.Criterion(args.smoothing), build_teacher(args, classes, ranks.device, say),
                                         args.distillation_type, args.distillation_alpha, args.distillation_tau)
     model = torch.compile(run.net) if args.compile else run.net
     if ranks.world_size > 1:
         model = devices.parallel(model, ranks.device, devices.is_flat(run.optimizer))
     mixup = transforms.FixedShapeMixup(
         args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
-        label_smoothing=args.smoothing, num_classes=num_classes) if options.mixes(args) else None
+        label_smoothing=args.smoothing, num_classes=len(classes)) if options.mixes(args) else None
 
     def train_epoch(epoch, max_steps):
         loaders.set_epoch(train_loader, epoch)
@@ -273,8 +328,12 @@ def main(args):
         say(f"note: {note}")
 
     train_loader, val_loader, classes = build_data(args, ranks)
-    net = build_model(args, len(classes))
-    saved, saved_path = load_weights(args, net, classes, say)
+    content, path = read_weights(args)
+    numbering = number_classes(args, [loader.dataset for loader in (train_loader, val_loader) if loader], classes, content, path)
+    for note in numbering.notes:
+        say(f"note: {note}")
+    net = build_model(args, len(numbering.names))
+    saved, saved_path = load_weights(args, net, content, path, numbering, say)
     net.to(device)
     devices.seed_everything(args.seed + ranks.rank)  # other drop paths and mixtures on each rank
     precision = devices.make_precision(device, args.amp)
@@ -294,7 +353,7 @@ def main(args):
         run.load_state_dict(saved, saved_path)
         if args.sched == "plateau":
             say(f"plateau goes on at {run.optimizer.param_groups[0]['lr']:g}")
-    train_epoch = build_epoch(args, ranks, run, train_loader, len(classes))
+    train_epoch = build_epoch(args, ranks, run, train_loader, numbering.names, say)
     folder = Path(args.output_dir) if args.output_dir and ranks.is_main else None
     moved = all_agree(ranks, lambda: prepare_output(folder, args, saved_path, run.epoch + 1) if folder else [])
     if moved:
@@ -305,7 +364,7 @@ def main(args):
     if run.epoch + 1 >= args.epochs:
         say(f"Nothing to train: epoch {run.epoch + 1} of {args.epochs} is next (--epochs)")
     started = time.perf_counter()
-    train(args, ranks, run, train_epoch, partial(test_epoch, run, evaluate, val_loader, say), folder, classes)
+    train(args, ranks, run, train_epoch, partial(test_epoch, run, evaluate, val_loader, say), folder, numbering.names)
     say(f"Training time {timedelta(seconds=int(time.perf_counter() - started))}")
 
 

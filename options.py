@@ -84,6 +84,7 @@ OPTIONS = {
     "Data": [
         ("--data-path",            "",              str,   "folder",            "deit",  "the data set"),
         ("--data-set",             "IMNET",         str,   DATA_SETS,           "deit",  "IMNET: class folders, or tar shards, in train/ and val/; CIFAR is CIFAR-100"),
+        ("--class-map",            "",              str,   "file",              "timm",  "which output is which class: .txt (one name a line, in order), .csv (name,number), .json"),
         ("--inat-category",        "name",          str,   INAT_LEVELS,         "deit",  "the level of iNaturalist's classes"),
         ("--use-mcloader",         False,           SWITCH, None,               "twins", "gone: see the note it prints"),
         ("--num_workers",          10,              int,   "processes a card",  "deit",  "loader processes"),

@@ -114,10 +114,11 @@ def report(folder, data_path=None, device="auto", count=40):
     args.data_path = data_path or args.data_path
     ranks = devices.Ranks(devices.choose(device))
     _, loader, classes = main.build_data(args, ranks)
-    net = main.build_model(args, len(classes))
+    numbering = main.number_classes(args, [loader.dataset], classes, content, best)
+    net = main.build_model(args, len(numbering.names))
     checkpoint.load_weights(net, checkpoint.model_state(content, best), best)
     shown = predict(net.to(ranks.device).eval(), loader.dataset, ranks.device, count)
-    draw_predictions(shown, classes, folder / "predictions.png")
+    draw_predictions(shown, numbering.names, folder / "predictions.png")
     return [folder / "curves.png", folder / "predictions.png"]
 
 

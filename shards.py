@@ -26,6 +26,7 @@ class ShardedImages(IterableDataset):
 
     def __init__(self, shards, transform, is_train, seed=0):
         self.shards, self.transform, self.is_train, self.seed = shards, transform, is_train, seed
+        self.numbering = None  # the output of the network for each of `classes`, where it is not the class's own number
         self.classes, counts = read_index(Path(shards[0]).parent, shards)
         self.counts, self.total = dict(zip(shards, counts)), sum(counts)
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
@@ -70,6 +71,7 @@ class ShardedImages(IterableDataset):
         except (StopIteration, OSError, KeyError, ValueError, SyntaxError) as error:
             reason = "no jpg, png or webp beside its label" if isinstance(error, StopIteration) else error
             raise UnreadableImage(f"cannot read the image {name} ({reason}): replace it or remove it") from error
+        target = target if self.numbering is None else self.numbering[target]
         return self.transform(image) if self.transform else image, target, name
 
     def __iter__(self):

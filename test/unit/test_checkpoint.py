@@ -295,26 +295,6 @@ def test_a_folder_without_a_checkpoint_is_an_error_that_names_it(tmp_path):
         checkpoint.find_newest(tmp_path)
 
 
-# ---- classes ----
-
-@pytest.mark.parametrize("theirs, ours, said", [
-    (["cat", "dog"], ["cat", "fox"], "2 and the data 2, number 1 is ['dog'] there and ['fox'] here"),
-    (["cat", "dog", "fox"], ["dog", "cat", "fox"], "3 and the data 3, number 0 is ['cat'] there and ['dog'] here"),
-    (["cat", "dog"], ["cat", "dog", "fox"], "2 and the data 3, number 2 is [] there and ['fox'] here"),
-    (["cat", "dog", "fox"], ["cat", "dog"], "3 and the data 2, number 2 is ['fox'] there and [] here"),
-    ([], ["cat"], "0 and the data 1, number 0 is [] there and ['cat'] here")])
-def test_other_classes_or_another_order_are_said_with_the_first_difference(theirs, ours, said):
-    with pytest.raises(ValueError) as error:
-        checkpoint.check_classes({"classes": theirs}, ours, "x.pth")
-    assert str(error.value) == f"x.pth was trained on other classes: {said}: use its data, or --finetune"
-
-
-@pytest.mark.parametrize("content", [{"classes": ["cat", "dog"]}, {"epoch": 3}, {"classes": None}, {"classes": 2}, [1]], ids=str)
-def test_the_same_classes_and_a_file_that_knows_none_pass(content):
-    checkpoint.check_classes(content, ["cat", "dog"])
-    checkpoint.check_classes(content, ("cat", "dog"))
-
-
 # ---- the folder of a run ----
 
 NAMES = ("checkpoint.pth", "checkpoint_best.pth", "log.txt")

@@ -696,7 +696,8 @@ def test_fine_tuning_to_other_classes_replaces_the_head_and_trains_in_train_mode
     weights = trained.folder / "checkpoint_best.pth"
     done = works(TWINS, "--data-path", two_classes, "--drop=0.1", "--lr=0", "--min-lr=0", "--warmup-lr=0", "--max_step=1", "--no-eval",
                  "--output_dir", tmp_path, *how, weights)
-    assert f"Fine-tuning from {weights}: its head has 3 classes and the data 2, so the head starts anew" in done.out
+    assert f"note: {weights}: its head has 3 classes and the data 2, so the head starts anew\n" in done.out
+    assert f"Fine-tuning from {weights}\n" in done.out
     assert rows(tmp_path)[0]["epoch"] == 0 and modes == {True}
     saved, old = load(tmp_path / "checkpoint.pth"), load(weights)["model"]
     head = {"head.weight", "head.bias"}
@@ -711,14 +712,19 @@ def test_fine_tuning_to_as_many_classes_keeps_the_head(works, trained):
     assert printed_losses(done.out)[0] < 1.2 * rows(trained.folder)[-1]["train_loss"]
 
 
-def test_fine_tuning_to_as_many_but_other_classes_notes_it(works, small, tmp_path):
+def test_fine_tuning_to_as_many_but_other_classes_starts_a_new_head(works, small, tmp_path):
     content = load(small / "checkpoint.pth")
-    for name, classes in (("same", content["classes"]), ("order", content["classes"][::-1]), ("names", ["a", "b", "c"]), ("none", None)):
+    for name, classes, said in (("same", content["classes"], ""), ("order", content["classes"][::-1], "another order"),
+                                ("names", ["a", "b", "c"], "so the head starts anew"), ("none", None, "does not say what its 3 outputs")):
         file = tmp_path / f"{name}.pth"
         torch.save({key: value for key, value in content.items() if key != "classes"} | ({"classes": classes} if classes else {}), file)
-        done = works(SMALL, "--finetune", file, "--max_step=1", "--no-eval")
-        noted = f"note: {file} knows other classes, or another order; their number is the same, so the head stays\n" in done.out
-        assert noted == (name in ("order", "names")), done.out
+        done = works(SMALL, "--finetune", file, "--max_step=1", "--no-eval", "--lr=0", "--min-lr=0", "--warmup-lr=0",
+                     "--output_dir", tmp_path / f"run {name}")
+        notes = [line for line in done.out.splitlines() if line.startswith(f"note: {file}")]
+        assert len(notes) == bool(said) and said in "".join(notes), done.out
+        saved = load(tmp_path / f"run {name}" / "checkpoint.pth")
+        assert torch.equal(saved["model"]["head.fc.weight"], content["model"]["head.fc.weight"]) == (name != "names")
+        assert saved["classes"] == (classes if name == "order" else content["classes"])
 
 
 # ---- evaluation of other people's files ----
@@ -847,12 +853,12 @@ MISTAKES = {  # kind: words, a regular expression of the message; DATA, RUN and 
         "--model=test_vit --resume RUN/checkpoint.pth",
         r"RUN/checkpoint.pth does not fit: it is of another model \(--model\); missing keys: .* more; unexpected keys: .* more"),
     "fine-tuning from another model": (f"{TWINS} --finetune RUN/checkpoint.pth", r"RUN/checkpoint.pth does not fit: it is of another .*"),
-    "fewer classes": ("--data-path DATA --eval --resume RUN/checkpoint.pth", r"RUN/checkpoint.pth does not fit: it was trained on "
-                      r"another number of classes; other shapes: head\.fc\.weight \(3, \d+\), not \(2, \d+\), .*"),
+    "fewer classes": ("--data-path DATA --resume RUN/checkpoint.pth", r"RUN/checkpoint.pth was trained on other classes: 3 and the data 2, "
+                      r"only there \['temple'\], only here \[\]: use its data, or --finetune"),
     "renamed class, evaluated": (
         "--data-path DATA --eval --resume RUN/checkpoint.pth",
-        r"RUN/checkpoint.pth was trained on other classes: 3 and the data 3, number 2 "
-        r"is \['temple'\] there and \['pagoda'\] here: use its data, or --finetune"),
+        r"RUN/checkpoint.pth was trained on other classes: 3 and the data 3, only there \['temple'\], only here \['pagoda'\]: "
+        r"use its data, --finetune, or --class-map FILE"),
     "renamed class, resumed": ("--data-path DATA --resume auto", r"RUN/checkpoint(_best)?.pth was trained on other classes: .*"),
     "renamed class, measured": (
         "--data-path DATA --throughout --resume RUN/checkpoint.pth", r"RUN/checkpoint.pth was trained on other classes: .*"),
@@ -911,16 +917,25 @@ def test_an_unreadable_image_is_named_when_it_is_met(start, place, data, kind, p
     assert files(place) == before
 
 
-@pytest.mark.parametrize("how", ["--eval", "--epochs=3"])
-def test_the_same_classes_in_another_order_are_one_line(start, place, how):
-    """They are numbers to the weights."""
+def test_the_same_classes_in_another_order_are_evaluated_and_trained_by_name(works, place):
+    """The head's rows stand in the order that the file records: its accuracy is the same, and so is the next loss."""
+    content = load(place / "run" / "checkpoint.pth")
+    order = [2, 0, 1]
+    other = content | {"classes": [content["classes"][i] for i in order], "model": {
+        key: value[order] if key.startswith("head.fc.") else value for key, value in content["model"].items()}}
     file = place / "order.pth"
-    torch.save(load(place / "run" / "checkpoint.pth") | {"classes": ["temple", "leaves", "flower"]}, file)
-    before = files(place)
-    done = start(SMALL, how, "--resume", file, "--output_dir", place / "run")
-    assert done.status == 2 and "Epoch:" not in done.out and files(place) == before
-    assert done.err == (f"error: {file} was trained on other classes: 3 and the data 3, number 0 is ['temple'] there and ['flower'] here: "
-                        "use its data, or --finetune\n")
+    torch.save(other, file)
+    results = []
+    for path in (place / "run" / "checkpoint.pth", file):
+        done = works(SMALL, "--eval", "--resume", path)
+        assert (f"note: {file} has the data's classes in another order, ['temple', 'flower', 'leaves']: labels follow it" in done.out) == (
+            path == file)
+        results.append([line for line in done.out.splitlines() if line.startswith(("* Acc@1", "Accuracy of"))])
+        works(SMALL, "--epochs=3", "--max_step=1", "--no-eval", "--mixup=0", "--cutmix=0", "--resume", path,
+              "--output_dir", place / path.stem)
+        results[-1].append(pytest.approx(rows(place / path.stem)[-1]["train_loss"], rel=1e-4))
+    assert results[0] == results[1] and len(results[0]) == 3
+    assert load(place / "order" / "checkpoint.pth")["classes"] == other["classes"]
 
 
 @pytest.fixture(scope="session")
