@@ -91,6 +91,9 @@ def build_teacher(args, classes, device, say):
     if args.distillation_type == "none":
         return None
     state, published = None, timm.get_pretrained_cfg(args.teacher_model)
+    if published is None:
+        raise ValueError(f"--teacher-model {args.teacher_model}: Unknown model ({args.teacher_model}): name a model of timm's, and "
+                         "its weights as --teacher-path FILE")
     if args.teacher_path:
         content = checkpoint.read(args.teacher_path)
         state = checkpoint.model_state(content, args.teacher_path)

@@ -858,7 +858,7 @@ MISTAKES = {  # kind: words, a regular expression of the message; DATA, RUN and 
     "renamed class, evaluated": (
         "--data-path DATA --eval --resume RUN/checkpoint.pth",
         r"RUN/checkpoint.pth was trained on other classes: 3 and the data 3, only there \['temple'\], only here \['pagoda'\]: "
-        r"use its data, --finetune, or --class-map FILE"),
+        r"use its data, --finetune, or --class-map \w+"),
     "renamed class, resumed": ("--data-path DATA --resume auto", r"RUN/checkpoint(_best)?.pth was trained on other classes: .*"),
     "renamed class, measured": (
         "--data-path DATA --throughout --resume RUN/checkpoint.pth", r"RUN/checkpoint.pth was trained on other classes: .*"),

@@ -1,0 +1,231 @@
+"""Whose labels are these: names, class maps and ImageNet's numbers; through main.py the accuracy that is known."""
+import json
+
+import pytest
+from timm.data import ImageNetInfo
+
+import labels
+from labels import Weights, decide
+
+TWELVE = sorted(map(str, range(12)))  # as folders are sorted: 0, 1, 10, 11, 2, ...
+SYNSETS = ImageNetInfo().label_names()
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+def outputs(data, *args, **kwargs):
+    found = decide(data, *args, **kwargs)
+    return [found.index[labels.normal(name)] for name in data], found
+
+
+def refusal(*args, **kwargs):
+    with pytest.raises(ValueError) as caught:
+        decide(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- names ----
+
+@pytest.mark.parametrize("use", ["evaluate", "teacher", "resume", "finetune", "measure"])
+def test_the_same_names_in_the_same_order_pass_silently(use):
+    found = decide(["cat", "dog"], Weights("w", 2, ["cat", "dog"]), use=use)
+    assert (found.names, found.notes, found.fresh, found.of(["cat", "dog"])) == (["cat", "dog"], [], False, None)
+
+
+@pytest.mark.parametrize("use", ["evaluate", "teacher", "resume", "finetune"])
+def test_numeric_names_in_numeric_order_where_the_weights_say_so(use):
+    names = [str(i) for i in range(12)]
+    found = decide(TWELVE, Weights("w", 12, names), use=use)
+    assert found.of(TWELVE) == [int(name) for name in TWELVE] and found.names == names and not found.fresh
+    assert found.notes == ["w has the data's classes in another order, ['0', '1', '2', ...]: labels follow it, by name"]
+
+
+def test_fewer_classes_than_the_weights_have_are_evaluated_by_name():
+    places, found = outputs(["eel", "cat"], Weights("w", 3, ["cat", "dog", "eel"]), use="evaluate")
+    assert places == [2, 0] and found.names == ["cat", "dog", "eel"]
+    assert found.notes == ["the data have 2 of the 3 classes of w: accuracy is over all outputs"]
+    found = decide(["eel", "cat"], Weights("w", 3, ["cat", "dog", "eel"]), use="finetune")
+    assert found.fresh and found.names == ["eel", "cat"] and "its head has 3 classes and the data 2" in found.notes[0]
+    said = refusal(["eel", "cat"], Weights("w", 3, ["cat", "dog", "eel"]), use="resume")
+    assert "3 and the data 2, only there ['dog'], only here []" in said
+
+
+@pytest.mark.parametrize("use", ["evaluate", "teacher", "resume", "measure"])
+@pytest.mark.parametrize("theirs, ours, said", [
+    (["cat", "dog"], ["cat", "fox"], "2 and the data 2, only there ['dog'], only here ['fox']"),
+    (["cat", "dog"], ["cat", "dog", "fox"], "2 and the data 3, only there [], only here ['fox']")])
+def test_other_classes_are_named(use, theirs, ours, said):
+    assert refusal(ours, Weights("w", len(theirs), theirs), use=use).startswith(f"w was trained on other classes: {said}: ")
+
+
+def test_other_classes_of_the_same_number_get_a_new_head():
+    found = decide(["cat", "fox"], Weights("w", 2, ["cat", "dog"]), use="finetune")
+    assert found.fresh and found.names == ["cat", "fox"] and found.of(["cat", "fox"]) is None
+    assert found.notes == ["w: its head has other classes than the data, which have ['fox'], so the head starts anew"]
+
+
+def test_names_are_equal_in_both_forms_of_unicode():
+    assert NFC != NFD
+    found = decide([NFC, "x"], Weights("w", 2, [NFD, "x"]), use="evaluate")
+    assert found.notes == [] and found.of([NFD, "x"]) is None and found.of(["x", NFC]) == [1, 0]
+    labels.compare([NFC, "cz"], [NFD, "cz"], "data")
+    assert "two classes have the same name, ['caf\\xe9', 'cafe\\u0301']" in refusal([NFC, NFD])
+
+
+@pytest.mark.parametrize("train, val, said", [
+    (["dog"], ["dog "], "only in train ['dog'], only in val ['dog ']"),
+    ([NFC], ["\uff43af\u00e9"], "only in train ['caf\\xe9'], only in val ['\\uff43af\\xe9']"),
+    (["a", "b"], ["a"], "only in train ['b'], only in val []: make the folders agree, or list all classes in --class-map FILE"),
+    (["a\nb"], ["c"], "only in train ['a\\nb'], only in val ['c']")])
+def test_differences_between_the_splits_can_be_seen(train, val, said):
+    with pytest.raises(ValueError) as caught:
+        labels.compare(train, val, "data")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_class_map_allows_classes_without_validation_images():
+    labels.compare(["a", "b"], ["a"], "data", {"a": 0, "b": 1})
+    with pytest.raises(ValueError, match=r"only in val \['c'\]"):
+        labels.compare(["a", "b"], ["a", "c"], "data", {"a": 0, "b": 1, "c": 2})
+
+
+@pytest.mark.parametrize("content, names", [
+    ({"classes": ["cat", "dog"]}, ["cat", "dog"]), ({"classes": ("a",)}, ["a"]), ({"class_to_idx": {"b": 1, "a": 0}}, ["a", "b"]),
+    ({"class_to_idx": {"b": 2, "a": 0}}, None), ({"class_to_idx": {"b": "1"}}, None), ({"classes": None}, None), ({"classes": 2}, None),
+    ({"classes": [1, 2]}, None), ({"classes": []}, None), ([1], None), ({"epoch": 3}, None)], ids=str)
+def test_names_that_a_checkpoint_records(content, names):
+    assert labels.named_in(content) == names
+
+
+# ---- weights that name nothing ----
+
+@pytest.mark.parametrize("names", [TWELVE, ["Zebra", "ant"], [f"class{i}" for i in (1, 10, 2)]], ids=str)
+def test_two_orders_are_a_doubt(names):
+    for use in ("evaluate", "teacher"):
+        said = refusal(names, Weights("w", len(names)), use=use)
+        assert "w does not say what its" in said and "two orders" in said and "--class-map FILE" in said
+    for use in ("finetune", "resume", "measure"):
+        found = decide(names, Weights("w", len(names)), use=use)
+        assert found.of(names) is None and not found.fresh and "taken for the data's classes in their order" in found.notes[0]
+    assert decide(names, Weights("w", len(names)), use="teacher", stated=True).of(names) is None
+
+
+@pytest.mark.parametrize("names", [["ant", "bee"], [str(i) for i in range(12)], ["b", "a"], ["\u00b2", "\u00b3"]], ids=str)
+def test_one_order_is_taken_and_said(names):
+    """Numbers in numeric order are shards', and the other order is a file's."""
+    found = decide(names, Weights("w", len(names)), use="evaluate")
+    assert found.of(names) is None and f"w does not say what its {len(names)} outputs are: taken for" in found.notes[0]
+
+
+def test_another_number_of_outputs():
+    said = refusal(["a", "b"], Weights("w", 5), use="evaluate")
+    assert "it has 5 outputs without names, and the data 2 classes, ['a', 'b']: say which" in said
+    assert refusal(["a", "b"], Weights("w", 1000), use="teacher").endswith("take a teacher of these classes: --teacher-path FILE")
+    assert decide(["a", "b"], Weights("w", 5), use="finetune").fresh
+
+
+# ---- ImageNet ----
+
+@pytest.mark.parametrize("picked", [range(1000), range(0, 1000, 10), (999, 3)], ids=["all", "100", "two"])
+@pytest.mark.parametrize("named", [True, False])
+def test_synsets_find_their_outputs(picked, named):
+    data = [SYNSETS[i] for i in picked]
+    places, found = outputs(data, Weights("w", 1000, SYNSETS if named else None), use="evaluate")
+    assert places == list(picked) and found.names == SYNSETS
+    note = [f"the data have {len(data)} of the 1000 classes of w: accuracy is over all outputs"]
+    assert found.notes == (note if len(data) < 1000 else [])
+
+
+@pytest.mark.parametrize("data", [sorted(map(str, range(1000))), [f"{i:03}" for i in range(1000)], ["7", "21", "999"]],
+                         ids=["V2", "padded", "some"])
+@pytest.mark.parametrize("names", [None, SYNSETS, SYNSETS[::-1]], ids=["unnamed", "named", "another order"])
+def test_numbers_are_imagenets(data, names):
+    places, found = outputs(data, Weights("w", 1000, names), use="evaluate")
+    assert [found.names[place] for place in places] == [SYNSETS[int(name)] for name in data]
+    assert "taken for ImageNet-1k's" in found.notes[0] and ("accuracy is over all" in found.notes[-1]) == (len(data) < 1000)
+
+
+def test_what_is_not_imagenets():
+    names = [f"{i:04}x" for i in range(1000)]
+    assert "are not ImageNet's synsets or numbers" in refusal(names, Weights("w", 1000), use="evaluate")
+    assert decide(names, Weights("w", 1000), use="finetune").of(names) is None
+    assert decide(["1000"], Weights("w", 1000), use="finetune").fresh
+    assert "only here ['x']" in refusal([*SYNSETS[:9], "x"], Weights("w", 1000, SYNSETS), use="evaluate")
+    larger = ImageNetInfo("imagenet-12k").label_names()
+    assert outputs([larger[5000]], Weights("w", 11821), use="evaluate")[0] == [5000]
+
+
+# ---- class maps ----
+
+def write(folder, name, text):
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder / name
+
+
+@pytest.mark.parametrize("name, text, expected", [
+    ("m.txt", "cat\ndog eel\n", {"cat": 0, "dog eel": 1}), ("m.TXT", "\ufeffcat\r\ndog\r\n\r\n", {"cat": 0, "dog": 1}),
+    ("m.txt", f"{NFD}\n", {NFC: 0}), ("m.txt", "a\u2028b\nc", {"a\u2028b": 0, "c": 1}),
+    ("m.csv", "name,index\ncat,1\n\"a, b\",0\n", {"cat": 1, "a, b": 0}), ("m.csv", "0,11\n1,10\n", {"0": 11, "1": 10}),
+    ("m.json", json.dumps({"cat": 3, "dog": 3}), {"cat": 3, "dog": 3}), ("m.json", json.dumps(["cat", "dog"]), {"cat": 0, "dog": 1}),
+    ("m.json", json.dumps({"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}), {"n01440764": 0, "n01443537": 1}),
+    ("m.json", json.dumps({"1": "cat", "0": "dog"}), {"cat": 1, "dog": 0})])
+def test_class_maps(tmp_path, name, text, expected):
+    assert labels.read_class_map(write(tmp_path, name, text)) == expected
+
+
+def test_a_text_file_is_read_as_timm_reads_it(tmp_path):
+    from timm.data.readers.class_map import load_class_map
+    path = write(tmp_path, "m.txt", "\n".join(SYNSETS[::-1]))
+    assert labels.read_class_map(path) == load_class_map(str(path))
+
+
+@pytest.mark.parametrize("name, text, said", [
+    ("m.pkl", b"\x80\x04}.", "a pickle can run anything"), ("m", "cat\n", "its ending says no format"),
+    ("m.txt", b"\xff\xfe\x00", "it is no UTF-8"),
+    ("m.txt", "", "it is empty"), ("m.txt", " \n\n", "it is empty"), ("m.txt", "cat\n\ndog\n", "line 2 is empty"),
+    ("m.txt", "cat\ndog\ncat\n", "the class 'cat' has two numbers, 0 and 2"), ("m.csv", "cat,1\ndog\n", "the row 'dog' is not name,number"),
+    ("m.csv", "cat,1\ndog,-1\n", "the row 'dog,-1' is not name,number"), ("m.csv", "", "it is empty"),
+    ("m.json", "{", "Expecting property name"), ("m.json", '{"cat": 1.0}', "neither"), ("m.json", '{"cat": true}', "neither"),
+    ("m.json", '{"cat": -1}', "numbers from 0"), ("m.json", '{"cat": 1e400}', "neither"), ("m.json", "3", "neither"),
+    ("m.json", "[1]", "neither"),
+    ("m.json", '{"cat": 99999999}', "numbers from 0"), ("m.json", "[" * 100000, "recursion"), ("m.json", '{"0": []}', "neither")])
+def test_what_is_no_class_map_is_one_line(tmp_path, name, text, said):
+    with pytest.raises(ValueError) as caught:
+        labels.read_class_map(write(tmp_path, name, text))
+    assert str(caught.value).startswith(f"--class-map {tmp_path / name}: ") and said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_class_map_that_is_not_there(tmp_path):
+    for path in (tmp_path / "m.txt", tmp_path):
+        with pytest.raises(ValueError, match=f"--class-map {path}: "):
+            labels.read_class_map(path)
+
+
+def test_a_class_map_orders_a_training():
+    class_map = {str(i): i for i in range(12)}
+    found = decide(TWELVE, class_map=class_map)
+    assert found.of(TWELVE) == [int(name) for name in TWELVE] and found.names == [str(i) for i in range(12)] and found.notes == []
+    found = decide(["b"], class_map={"a": 0, "b": 1})
+    assert found.of(["b"]) == [1] and found.names == ["a", "b"] and "names 2 classes, and the training images are of 1" in found.notes[0]
+    assert "names no class number 1" in refusal(["a"], class_map={"a": 0, "b": 2})
+    assert "does not name 1 of the data's 2 classes, ['c']" in refusal(["a", "c"], class_map={"a": 0, "b": 1})
+
+
+def test_a_class_map_says_what_outputs_are():
+    class_map = {str(i): i for i in range(12)}
+    for use in ("evaluate", "resume", "finetune"):
+        found = decide(TWELVE, Weights("w", 12), class_map, use)
+        assert found.of(TWELVE) == [int(name) for name in TWELVE] and not found.notes and not found.fresh
+    places, found = outputs(["tench", "cat"], Weights("w", 1000), {"cat": 281, "tench": 0}, "evaluate")
+    assert places == [0, 281] and len(found.names) == 1000 and "the data have 2 of 1000 classes" in found.notes[0]
+    assert "names class number 12, and w has 12 outputs" in refusal(["x"], Weights("w", 12), {"x": 12}, "evaluate")
+    places, found = outputs(["tench"], Weights("w", 1000, SYNSETS), {"tench": 0}, "evaluate")  # another word for it
+    assert places == [0] and found.names[0] == SYNSETS[0]
+
+
+def test_a_class_map_that_contradicts_the_weights():
+    said = refusal(["cat", "dog"], Weights("w", 2, ["cat", "dog"]), {"cat": 1, "dog": 0}, "evaluate")
+    assert said.startswith("--class-map says that 'cat' is number 1, and w that it is number 0")
+    found = decide(["cat", "dog"], Weights("w", 2, ["cat", "dog"]), {"cat": 1, "dog": 0}, "finetune")
+    assert found.fresh and found.names == ["dog", "cat"] and found.of(["cat", "dog"]) == [1, 0]
+    assert decide(["cat", "dog"], Weights("w", 3), {"cat": 1, "dog": 0}, "finetune").fresh
