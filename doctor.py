@@ -234,7 +234,10 @@ def check_machine(args, cards):
         yield (ok("shared memory", text) if free >= need * cards else
                (warn if free >= need else fail)("shared memory", text, "docker run --shm-size=32g or --ipc=host, or fewer --num_workers"))
     folder = Path(args.output_dir).absolute()
-    present = next(path for path in (folder, *folder.parents) if path.is_dir())
+    present = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not os.path.isdir(present):
+        yield fail("disk", f"{present} is no folder", "choose another --output_dir")
+        return
     free, one = shutil.disk_usage(present).free, PARAMETERS * 3 * 4  # weights and AdamW's two moments
     text = f"{free / 1e9:.1f} GB free in {present}; checkpoints (last, best, one being written) take 3 x {one / 1e9:.1f} GB"
     bad = f"{present} cannot be written" if not os.access(present, os.W_OK | os.X_OK) else text if free < 3 * one else None

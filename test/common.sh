@@ -6,10 +6,11 @@
 
 set -euo pipefail
 
-test_dir=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+test_dir=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
 repo=$(dirname -- "$test_dir")
 source "$test_dir/setup_env.sh"
 PYTHON='' # find_python's, not an inherited one
+script=$(basename -- "$(readlink -f -- "$0")") # the script's own name where it was called through a link
 
 # The defaults of every script; batch_size is that of one card.
 kind=acc model=alt_gvt_small nproc=1 batch_size=128 epochs=1 max_step='' workers=''
@@ -17,7 +18,7 @@ data_path='' finetune_pth='' device=auto device_id='' output_dir='' resume=''
 recipe=() extra=() # options for main.py: the script's, the user's
 
 print_help() {
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' -- "$0"
     cat <<TEXT
 
   --data_path=FOLDER      the images: train/CLASS/*, val/CLASS/*
@@ -38,7 +39,7 @@ TEXT
 
 parse_options() {
     local word name value
-    command_line="$(basename -- "$0")$( (($# == 0)) || printf ' %q' "$@")"
+    command_line="$script$( (($# == 0)) || printf ' %q' "$@")"
     while (($#)); do
         word=$1 name=${1%%=*} value=''
         shift
@@ -88,37 +89,42 @@ parse_options() {
     else
         card=${device_id:-0}
     fi
-    if [[ $output_dir ]]; then output_dir=$(absolute "$output_dir"); fi
-    if [[ -L $output_dir ]]; then output_dir=$(readlink -f -- "$output_dir"); fi # our own link output/ckpt
+    if [[ $output_dir ]]; then make_absolute output_dir; fi
+    if [[ -L $output_dir ]]; then real_path "$output_dir"; output_dir=$REAL; fi # our own link output/ckpt
 
     local size=${model#*_}
     size=${size#gvt_} size=${size%_v0}
     case $model in
         alt_gvt_*) network=Twins-GVT-${size^} ;;
         pcpvt_*) network=Twins-PCPVT-${size^} ;;
-        *) network=$model ;;
+        *) network=${model//[^[:alnum:]._-]/_} ;; # it names files: timm/NAME, hf-hub:OWNER/NAME
     esac
     case_name=${network}_bs${batch_size}_${nproc}p_$kind
 }
 
-absolute() { if [[ $1 == /* ]]; then printf '%s\n' "$1"; else printf '%s\n' "$PWD/$1"; fi; }
+make_absolute() { if [[ ${!1} != /* ]]; then printf -v "$1" %s "$PWD/${!1}"; fi; } # NAME of a variable
+
+real_path() { # PATH: sets REAL, a newline at its end included
+    REAL=$(readlink -f -- "$1" && echo .)
+    REAL=${REAL%$'\n.'}
+}
 
 # The words are a convention that other people's tools look for on standard output, spelling included.
 path_error() { # NAME REMEDY
-    printf '[Error] para "%s" must be confing\n%s\n' "$1" "$2"
+    printf '[Error] para "%s" must be confing\n%s\n' "$1" "${2//[[:cntrl:]]/?}"
     exit 1
 }
 
 require_data_path() {
     [[ $data_path ]] || path_error data_path "No data set was named: add --data_path=FOLDER with the images (train/ and val/)."
     [[ -d $data_path ]] || path_error data_path "There is no folder $data_path: give --data_path=FOLDER with the images (train/ and val/)."
-    data_path=$(absolute "$data_path")
+    make_absolute data_path
 }
 
 require_finetune_pth() {
     [[ $finetune_pth ]] || path_error finetune_pth "No weights were named: add --finetune_pth=FILE."
     [[ -f $finetune_pth ]] || path_error finetune_pth "There is no file $finetune_pth: give --finetune_pth=FILE with the weights to start from."
-    finetune_pth=$(absolute "$finetune_pth")
+    make_absolute finetune_pth
 }
 
 use_python() { # a missing package ends here, a version outside the tested range is only said
@@ -169,8 +175,8 @@ open_run_dir() {
         flock -n "$lock" || fail "another run is using $run_dir: wait for it, or give this one another --device_id"
     fi
     if [[ $resume == auto && -e $run_dir ]]; then
-        earlier=$(sed -n 's/^\[Info\] command: \([^ ]*\).*/\1/p' "$train_log" 2>/dev/null | tail -n 1)
-        [[ $output_dir || ! $earlier || $earlier == "$(basename -- "$0")" ]] \
+        earlier=$(LC_ALL=C sed -n 's/^\[Info\] command: \([^ ]*\).*/\1/p' -- "$train_log" 2>/dev/null | tail -n 1)
+        [[ $output_dir || ! $earlier || $earlier == "$script" ]] \
             || fail "$run_dir holds a run of $earlier, not of this script: name the file, --resume=FOLDER/ckpt/checkpoint.pth"
     elif [[ -e $run_dir ]]; then
         while [[ -e $run_dir.$n ]]; do ((n += 1)); done
@@ -188,25 +194,25 @@ open_run_dir() {
 # What this run starts from may be an earlier run's: --finetune_pth=output/ckpt/checkpoint.pth. That folder is about to
 # move, and that link to point elsewhere, so files are named by where they really are (or will be).
 settle_paths() {
-    local i word
-    finetune_pth=$(settled "$finetune_pth")
+    local i word REAL
+    settle "$finetune_pth"
+    finetune_pth=$REAL
     for i in "${!extra[@]}"; do
         word=${extra[i]}
         case $word in
-            --*=*) extra[i]=${word%%=*}=$(settled "${word#*=}") ;;
+            --*=*) settle "${word#*=}"; extra[i]=${word%%=*}=$REAL ;;
             --*) ;;
-            *) extra[i]=$(settled "$word") ;;
+            *) settle "$word"; extra[i]=$REAL ;;
         esac
     done
 }
 
-settled() { # WORD: another word only for an existing file with a folder in its name
-    local real=$1
+settle() { # WORD: sets REAL, to another word only for an existing file with a folder in its name
+    REAL=$1
     if [[ $1 == */* && -f $1 ]]; then
-        real=$(readlink -f -- "$1")
-        if [[ $aside && $real == "$run_dir"/* ]]; then real=$aside${real#"$run_dir"}; fi
+        real_path "$1"
+        if [[ $aside && $REAL == "$run_dir"/* ]]; then REAL=$aside${REAL#"$run_dir"}; fi
     fi
-    printf '%s\n' "$real"
 }
 
 # Fine-tuning starts from its file, or with --resume goes on from a checkpoint of its own. A run that ended before its
@@ -232,14 +238,20 @@ link() { # TARGET NAME: the original's paths; a file or folder that is no link s
 train() {
     local started status=0
     started=$(date +%s)
+    [[ ! ${MASTER_PORT:-} || ($MASTER_PORT =~ ^[1-9][0-9]{0,4}$ && $MASTER_PORT -lt 65536) ]] \
+        || fail "MASTER_PORT=$MASTER_PORT is no port: a number from 1 to 65535, or unset it, and a free one is taken"
     [[ ${PYTHON:-} ]] || use_python
     choose_cards
     prepare_device
     open_run_dir
 
     local command=("$PYTHON" -m torch.distributed.run --nproc_per_node "$nproc")
+    case ${MASTER_ADDR:-localhost} in
+        localhost | 127.* | ::1) ;;
+        *) warn "MASTER_ADDR=$MASTER_ADDR has no effect: the processes of a script are on this machine (for several machines: torchrun --nnodes=N ... main.py)" ;;
+    esac
     if [[ ${MASTER_PORT:-} ]]; then
-        command+=(--master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT")
+        command+=(--master_addr 127.0.0.1 --master_port "$MASTER_PORT")
     else
         command+=(--standalone) # any free port: runs can share a machine
     fi
@@ -289,7 +301,7 @@ run_logged() {
     trap - INT TERM HUP
     if [[ $signal ]]; then return "$signal"; fi
     if ((status != 1)); then return "$status"; fi
-    return "$(this_run | awk '/^ *exitcode *: / { last = $3; if (last == 2 || last == 3) own = last }
+    return "$(this_run | LC_ALL=C awk '/^ *exitcode *: / { last = $3; if (last == 2 || last == 3) own = last }
         END { if (own) last = own; print last == "" ? 1 : last < 0 ? 128 - last : last }')"
 }
 
@@ -301,32 +313,38 @@ json_value() { # KEY: its value in the last line of log.txt, where that is a num
     local line
     line=$(last_json)
     if [[ $resume != auto && $line == "$json_before" ]]; then return; fi # an earlier run's
-    sed -n "s/.*\"$1\": *\([-+0-9.eE]\{1,\}\)[,}].*/\1/p" <<<"$line"
+    LC_ALL=C sed -n "s/.*\"$1\": *\([-+0-9.eE]\{1,\}\)[,}].*/\1/p" <<<"$line"
 }
 
 log_value() { # EXPRESSION: what its group matches, the last time
-    this_run | sed -n "s/$1/\1/p" | tail -n 1
+    this_run | LC_ALL=C sed -n "s/$1/\1/p" | tail -n 1
 }
 
 number() { # FORMAT NUMBER: nothing stays nothing
     LC_ALL=C awk -v format="$1" -v number="$2" 'BEGIN { if (number != "") printf format, number }'
 }
 
-# FPS is the last epoch's, accuracy the best, loss the last: by name from log.txt, else from the readable log.
+# ActualFPS is the last epoch's and TrainAccuracy the best; the original's were the mean of all lines and the last epoch's,
+# which stand below. Loss is the last. By name from log.txt, else from the readable log.
 write_results() { # STATUS SECONDS
-    local fps='' accuracy='' loss global_batch time=''
-    sed -n 's/^Epoch: .* loss: \([^ ]*\).*/\1/p' "$train_log" >"$run_dir/train_${case_name}_loss.txt"
-    sed -n 's/^Epoch: .* loss: .* fps:\([0-9.]*\).*/\1/p' "$train_log" >"$run_dir/train_${case_name}_fps.log"
+    local fps='' mean_fps='' accuracy='' last_accuracy='' loss global_batch time=''
+    LC_ALL=C sed -n 's/^Epoch: .* loss: \([^ ]*\).*/\1/p' -- "$train_log" >"$run_dir/train_${case_name}_loss.txt"
+    LC_ALL=C sed -n 's/^Epoch: .* loss: .* fps:\([0-9.]*\).*/\1/p' -- "$train_log" >"$run_dir/train_${case_name}_fps.log"
     loss=$(json_value train_loss)
     loss=$(number %.6g "${loss:-$(log_value '^Epoch: .* loss: \([^ ]*\).*')}")
     if (($1 == 0)); then
         fps=$(json_value fps)
         fps=$(number %.2f "${fps:-$(log_value '^Epoch: .* fps:\([0-9.]*\).*')}")
-        if [[ $(json_value test_acc1) ]]; then accuracy=$(json_value max_acc1); fi # else nothing was evaluated
+        mean_fps=$(LC_ALL=C awk '{ sum += $1 } END { if (NR) printf "%.2f", sum / NR }' <"$run_dir/train_${case_name}_fps.log")
+        last_accuracy=$(json_value test_acc1)
+        if [[ $last_accuracy ]]; then accuracy=$(json_value max_acc1); fi # else nothing was evaluated
+        last_accuracy=$(number %.2f "${last_accuracy:-$(log_value '^\* Acc@1 \([0-9.]*\).*')}")
         accuracy=${accuracy:-$(log_value '^Max accuracy: \([0-9.]*\).*')}
-        accuracy=$(number %.2f "${accuracy:-$(log_value '^\* Acc@1 \([0-9.]*\).*')}")
+        accuracy=$(number %.2f "${accuracy:-$last_accuracy}")
         global_batch=$(json_value global_batch)
         time=$(LC_ALL=C awk -v b="${global_batch:-$((batch_size * nproc))}" -v f="$fps" 'BEGIN { if (f > 0) printf "%.2f", b * 1000 / f }')
+        info "FPS: $fps in the last epoch (ActualFPS), $mean_fps the mean of all lines; accuracy: ${accuracy:-none} the best (TrainAccuracy), ${last_accuracy:-none} the last" \
+            | tee -a -- "$train_log"
     fi
     cat >"$run_dir/$case_name.log" <<TEXT
 Network = $network
@@ -339,6 +357,8 @@ TrainingTime = $time
 TrainAccuracy = $accuracy
 ActualLoss = $loss
 E2ETrainingTime = $2
+MeanFPS = $mean_fps
+LastAccuracy = $last_accuracy
 TEXT
     cat <<TEXT
 ------------------ Final result ------------------
@@ -351,9 +371,9 @@ TEXT
 show_error() { # STATUS: what matters of the log, without torchrun's own report
     if (($1 == 130 || $1 == 143)); then fail "training was stopped by a signal; its log: $train_log" "$1"; fi
     local lines remedy=''
-    lines=$(this_run | grep -aE '^error( \(rank [0-9]+\))?: ' | awk '!seen[$0]++' | tail -n 5) || true
+    lines=$(this_run | LC_ALL=C grep -aE '^error( \(rank [0-9]+\))?: ' | LC_ALL=C awk '!seen[$0]++' | tail -n 5) || true
     if [[ ! $lines ]]; then
-        lines=$(this_run | sed '/torch.distributed.elastic.*failed (exitcode/,$d' | grep -avE '^[IWE][0-9]{4} ' | tail -n 15) || true
+        lines=$(this_run | LC_ALL=C sed '/torch.distributed.elastic.*failed (exitcode/,$d' | LC_ALL=C grep -avE '^[IWE][0-9]{4} ' | tail -n 15) || true
         remedy=$(known_remedy "$1")
     fi
     printf '[Error] training ended with status %s; the end of %s:\n%s\n' "$1" "$train_log" "$lines" >&2
@@ -361,17 +381,16 @@ show_error() { # STATUS: what matters of the log, without torchrun's own report
 }
 
 known_remedy() { # STATUS: for failures that main.py has no chance to explain
-    local log
-    log=$(this_run)
     if (($1 == 137)); then
         echo "a process was killed, most often for want of memory: try a smaller --batch_size or fewer --workers"
     fi
-    case $log in
-        *EADDRINUSE* | *"ddress already in use"*)
-            echo "port ${MASTER_PORT:-} is in use: unset MASTER_PORT, and a free one is taken" ;;
-        *"Failed to load the backend extension: torch_npu"*)
-            echo "torch_npu finds no CANN: source CANN's set_env.sh, or use --device=cpu" ;;
-        *EI0006* | *EI0002*)
-            echo "a rank did not answer in time: look for the first error of the other ranks, or raise HCCL_CONNECT_TIMEOUT" ;;
-    esac
+    if logged 'EADDRINUSE|[Aa]ddress already in use'; then
+        echo "port ${MASTER_PORT:-} is in use: unset MASTER_PORT, and a free one is taken"
+    elif logged 'Failed to load the backend extension: torch_npu'; then
+        echo "torch_npu finds no CANN: source CANN's set_env.sh, or use --device=cpu"
+    elif logged 'EI0006|EI0002'; then
+        echo "a rank did not answer in time: look for the first error of the other ranks, or raise HCCL_CONNECT_TIMEOUT"
+    fi
 }
+
+logged() { this_run | LC_ALL=C grep -aE -- "$1" >/dev/null; } # EXPRESSION. Not grep -q, which would end tail early

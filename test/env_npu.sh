@@ -8,7 +8,7 @@
 
 npu_find_cann() { # prints the set_env.sh to source: CANN 8.5 and later, then the older names
     local file
-    for file in /usr/local/Ascend/{cann,ascend-toolkit,nnae}/set_env.sh "$HOME"/Ascend/{cann,ascend-toolkit,nnae,*}/set_env.sh; do
+    for file in /usr/local/Ascend/{cann,ascend-toolkit,nnae}/set_env.sh "${HOME:-}"/Ascend/{cann,ascend-toolkit,nnae,*}/set_env.sh; do
         if [[ -r $file ]]; then
             printf '%s\n' "$file"
             return
@@ -28,7 +28,7 @@ npu_source() { # FILE: set_env.sh reads variables that may be unset, and command
 
 npu_driver() { compgen -G '/dev/davinci[0-9]*' >/dev/null; }
 
-npu_package() { "${PYTHON:-python3}" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch_npu"))' 2>/dev/null; }
+npu_package() { "${PYTHON:-python3}" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch_npu"))' &>/dev/null; }
 
 npu_environment() { # DEVICE KIND
     local cann id
@@ -48,7 +48,7 @@ npu_environment() { # DEVICE KIND
             return 0
         else
             printf '[Error] no CANN for --device=%s: source its set_env.sh first (looked in /usr/local/Ascend and %s/Ascend), or use --device=cpu\n' \
-                "$1" "$HOME" >&2
+                "$1" "${HOME:-}" >&2
             return 1
         fi
     fi

@@ -9,12 +9,12 @@
 # The status is 0 if everything passed. Skipped NPU tests are a failure where CI=true.
 
 set -euo pipefail
-source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/setup_env.sh"
 
 npu=sim words=() unit=() npu_tests=()
 while (($#)); do
     case $1 in
-        --help | -h) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        --help | -h) sed -n '2,/^[^#]/s/^# \{0,1\}//p' -- "$0"; exit 0 ;;
         --npu) npu=${2:-}; (($# < 2)) || shift ;;
         --npu=*) npu=${1#*=} ;;
         -[kmnopWc]) words+=("$1" "${2:-}"); (($# < 2)) || shift ;;

@@ -9,25 +9,35 @@
 # Sourced, it gives the functions below.
 
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "[Error] bash 4.4 or newer is needed" >&2; exit 1; }
-setup_root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+setup_root=$(dirname -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")") # also where this was called through a link
 
-info() { printf '[Info] %s\n' "$1"; }
-warn() { printf '[Warning] %s\n' "$1" >&2; }
+# A message is one line, whatever stands in the paths and values it quotes.
+info() { printf '[Info] %s\n' "${1//[[:cntrl:]]/?}"; }
+warn() { printf '[Warning] %s\n' "${1//[[:cntrl:]]/?}" >&2; }
 fail() { # MESSAGE [STATUS]
-    printf '[Error] %s\n' "$1" >&2
+    printf '[Error] %s\n' "${1//[[:cntrl:]]/?}" >&2
     exit "${2:-1}"
 }
 
-# Prints the path of PYTHON, then what it lacks of the requirement FILEs.
+# Sets FOUND to the path of PYTHON, and LACKS to what it lacks of the requirement FILEs.
 # Status 0: nothing; 1: versions outside the ranges; 2: packages are missing; anything else: no Python to use.
+# Only what stands between its marks is the answer: a Python may print more when it starts or ends (sitecustomize).
 check_python() { # PYTHON FILE...
-    "$1" - "${@:2}" 2>/dev/null <<'PYTHON'
+    local output status=0 mark=$'\x1f'
+    FOUND='' LACKS=''
+    { output=$("$1" - "${@:2}" <<'PYTHON'
+import os
 import sys
 
-print(sys.executable)
+
+def answer(status, problem=""):
+    sys.stdout.flush()
+    os.write(1, b"\x1f" + os.fsencode(sys.executable) + b"\x1f" + problem.encode() + b"\x1f")
+    sys.exit(status)
+
+
 if sys.version_info < (3, 10):
-    print("Python %d.%d is too old, 3.10 or newer is needed" % sys.version_info[:2])
-    sys.exit(3)
+    answer(3, "Python %d.%d is too old, 3.10 or newer is needed" % sys.version_info[:2])
 from importlib.metadata import PackageNotFoundError, version
 
 try:
@@ -57,29 +67,34 @@ if missing:
     problems.append("Python lacks " + ", ".join(missing))
 if unfit:
     problems.append("outside the tested range: " + ", ".join(unfit))
-print("; ".join(problems))
-sys.exit(2 if missing else 1 if unfit else 0)
+answer(2 if missing else 1 if unfit else 0, "; ".join(problems))
 PYTHON
+    ); } 2>/dev/null || status=$?
+    [[ $output == *$mark*$mark*$mark* ]] || return 4
+    output=${output#*"$mark"}
+    FOUND=${output%%"$mark"*} output=${output#*"$mark"}
+    LACKS=${output%%"$mark"*}
+    return "$status"
 }
 
 # Sets PYTHON to the first python that has the requirement FILEs: status 0. Status 1: the best one has versions outside
 # the ranges; 2: there is none. PROBLEM says what the first one lacks.
 find_python() { # FILE...
-    local candidate answer status second=''
+    local candidate status second='' second_lacks=''
     PYTHON='' PROBLEM=''
     for candidate in python python3 "$setup_root/.venv/bin/python"; do
         status=0
-        answer=$(check_python "$candidate" "$@") || status=$?
-        if [[ -e $setup_root/.venv/half-made && $answer == "$setup_root/.venv/"* ]]; then continue; fi
+        check_python "$candidate" "$@" || status=$?
+        if [[ -e $setup_root/.venv/half-made && $FOUND == "$setup_root/.venv/"* ]]; then continue; fi
         if ((status == 0)); then
-            PYTHON=${answer%%$'\n'*} PROBLEM=''
+            PYTHON=$FOUND PROBLEM=''
             return 0
         fi
-        if [[ $answer == *$'\n'* && ! $PROBLEM ]]; then PROBLEM=${answer#*$'\n'}; fi
-        if ((status == 1)) && [[ ! $second ]]; then second=$answer; fi
+        PROBLEM=${PROBLEM:-$LACKS}
+        if ((status == 1)) && [[ ! $second ]]; then second=$FOUND second_lacks=$LACKS; fi
     done
     if [[ $second ]]; then
-        PYTHON=${second%%$'\n'*} PROBLEM=${second#*$'\n'}
+        PYTHON=$second PROBLEM=$second_lacks
         return 1
     fi
     PROBLEM=${PROBLEM:-there is no Python of version 3.10 or newer}
@@ -90,7 +105,7 @@ find_python() { # FILE...
 base_python() { # PYTHON...
     local candidate
     for candidate in "$@" python python3 python3.13 python3.12 python3.11 python3.10; do
-        if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' &>/dev/null; then
             printf '%s\n' "$candidate"
             return 0
         fi
@@ -130,8 +145,7 @@ setup_env() { # [--test]
             || { [[ ${pins[*]} ]] && warn "the pinned versions cannot be had here: installing without pins" && make_env "$env" "$base" "${arguments[@]}"; } \
             || fail "the requirements could not be installed into $env (pip's last lines above say why): run this again, or install them yourself"
     } 9<"$setup_root"
-    local answer
-    answer=$(check_python "$env/bin/python" "${files[@]}") || fail "$env is not usable: ${answer#*$'\n'}"
+    check_python "$env/bin/python" "${files[@]}" || fail "$env is not usable: $LACKS"
     PYTHON=$env/bin/python
 }
 
@@ -162,11 +176,10 @@ setup_npu_env() {
 }
 
 npu_env_works() {
-    local answer
     [[ ! -e $setup_root/.venv-npu/half-made ]] || return 1
-    answer=$(check_python "$NPU_PYTHON" "$setup_root"/test/constraints-npu.txt "$setup_root"/requirements.txt "$setup_root"/test/requirements.txt) \
-        || { NPU_REASON="$setup_root/.venv-npu is not usable: ${answer#*$'\n'}"; return 1; }
-    TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$NPU_PYTHON" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' 2>/dev/null \
+    check_python "$NPU_PYTHON" "$setup_root"/test/constraints-npu.txt "$setup_root"/requirements.txt "$setup_root"/test/requirements.txt \
+        || { NPU_REASON="$setup_root/.venv-npu is not usable: $LACKS"; return 1; }
+    TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$NPU_PYTHON" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' &>/dev/null \
         || { NPU_REASON="$setup_root/.venv-npu needs a CPU-only build of torch 2.13.0: a CUDA build aborts next to torch_npu"; return 1; }
     NPU_REASON=''
 }
@@ -176,7 +189,7 @@ if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
     case ${1:-} in
         '' | --test) setup_env "$@"; printf '%s\n' "$PYTHON" ;;
         --npu) setup_npu_env || fail "$NPU_REASON"; printf '%s\n' "$NPU_PYTHON" ;;
-        --help | -h) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" ;;
+        --help | -h) sed -n '2,/^[^#]/s/^# \{0,1\}//p' -- "$0" ;;
         *) fail "unknown option $1: --test, --npu or nothing" ;;
     esac
 fi

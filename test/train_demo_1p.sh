@@ -2,7 +2,7 @@
 # The whole way on a fresh machine: an environment, a small set of real images (scikit-learn's digits), training, pictures.
 #   bash test/train_demo_1p.sh
 
-source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/common.sh"
 
 kind=acc nproc=1 epochs=8 batch_size=32
 # Digits are no photographs: mild crops, no flips, no mixing. 1,438 images are few: a rate of 5e-4 at batch 32.

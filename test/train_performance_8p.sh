@@ -2,7 +2,7 @@
 # Speed of Twins-SVT-S on eight cards: 1000 steps of one epoch.
 #   bash test/train_performance_8p.sh --data_path=/data/imagenet
 
-source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/common.sh"
 
 kind=perf nproc=8 epochs=1 max_step=1000
 parse_options "$@"
