@@ -1,12 +1,12 @@
 """What are the images and labels? Folders, CIFAR, iNaturalist, digits; tar shards are shards.py's.
 
     python datasets.py digits DIR             # scikit-learn's digits (1,797 scans, 10 classes) as class folders
-    python datasets.py shards FOLDER DIR      # class folders as webdataset tar shards
-    python datasets.py index DIR              # count the images of shards once, instead of at every start
+    python datasets.py shards FOLDER DIR      # class folders as webdataset tar shards in DIR, a new or empty folder
+    python datasets.py index DIR              # find the images of shards once, instead of at every start
 """
-import glob
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 
 import labels
+import shards
 from decode import UnreadableImage
-from shards import ShardedImages, write_index, write_shards
 from transforms import build_transform  # noqa: F401  upstream's place for it
 
 
@@ -44,8 +44,8 @@ def build_dataset(is_train, data_path, data_set="IMNET", transform=None, inat_ca
         return NamedImages(found, [path for path, _ in found.samples], transform, found.classes), found.classes
     if not (root / split).is_dir():
         raise ValueError(f"--data-path {root}: it has no folder {split}/ (expected train/ and val/)")
-    if shards := sorted(glob.glob(f"{glob.escape(str(root / split))}/*.tar")):
-        found = ShardedImages(shards, transform, is_train, seed)
+    if tars := shards.find(root / split):
+        found = shards.ShardedImages(tars, transform)
         return found, found.classes
     try:
         found = datasets.ImageFolder(root / split)
@@ -150,7 +150,33 @@ def write_digits(folder):
                 raise ValueError(f"{folder} is not empty and holds no digits: choose another --data-path") from error
 
 
+def write_shards(source, target, maxcount=5000):
+    """Class folders, train/ and val/ or the one there is, as tar shards of at most maxcount images. -> lines that tell of it
+
+    Whole or not there: written beside `target` and renamed. Raises ValueError where something else stands in its place.
+    """
+    source, target = Path(source), Path(os.path.realpath(target))
+    splits = [split for split in ("train", "val") if (source / split).is_dir()]
+    if not splits:
+        raise ValueError(f"{source} has neither train/ nor val/ with class folders")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{target} is not empty: choose a new folder for the shards")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    said = []
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as made:
+        for split in splits:
+            images, classes = build_dataset(split == "train", source)
+            if isinstance(images, shards.ShardedImages):
+                raise ValueError(f"{source / split} holds shards already: python datasets.py index {source} makes their index")
+            converted = shards.write(Path(made, "shards", split), images.dataset.samples, classes, maxcount)
+            said.append(f"{split}: {len(images)} images of {len(classes)} classes" + "".join(
+                f", {count} of them {kind} files, now PNG" for kind, count in converted.items()))
+        os.rename(Path(made, "shards"), target)
+    return said
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is half-written goes away
     command, *paths = sys.argv[1:] or ["help"]
     paths = [Path(path) for path in paths]
     try:
@@ -159,10 +185,14 @@ if __name__ == "__main__":
                 write_digits(paths[0])
             print(Counter(path.parts[-3] for path in sorted(paths[0].glob("*/*/*.png"))))
         elif command == "shards" and len(paths) == 2:
-            write_shards(*paths)
+            print(*write_shards(*paths), sep="\n")
         elif command == "index" and len(paths) == 1:
-            for split in ("train", "val"):
-                write_index(paths[0] / split)
+            splits = [paths[0] / split for split in ("train", "val") if (paths[0] / split).is_dir()]
+            if not splits:
+                raise ValueError(f"{paths[0]} has neither train/ nor val/ with tar shards")
+            for split in splits:
+                index = shards.write_index(split)
+                print(f"{split.name}: {len(index.records)} images of {len(index.classes)} classes in {len(index.counts)} shards")
         else:
             sys.exit(__doc__)
     except (ValueError, OSError) as error:

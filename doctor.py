@@ -258,7 +258,7 @@ def check_data(args):
     failed, sharded = False, isinstance(train, shards.ShardedImages) or isinstance(val, shards.ShardedImages)
     for split, images in (("train", train), ("val", val)):
         count, bad = look_at(images, len(classes), args)
-        text = f"{count - len(bad)} of {count} images looked at are readable, of {getattr(images, 'total', None) or len(images)}"
+        text = f"{count - len(bad)} of {count} images looked at are readable, of {len(images)}"
         yield from (fail("image", error) for error in bad[:100])
         yield ok(f"{split} decode", text) if not bad else fail(
             f"{split} decode", text, "replace or remove the others" + ("" if args.full else "; --full looks at all images"))
@@ -280,29 +280,17 @@ def sample(n, args):
 def look_at(images, classes, args):
     """Read a sample of the images, or all. -> how many, what is wrong with the bad ones"""
     import decode
-    import shards
-    sharded, chosen = isinstance(images, shards.ShardedImages), sample(len(images), args)
-    parts = images.shards if sharded else [chosen[i:i + 16] for i in range(0, len(chosen), 16)]
-    each = None if args.full else math.ceil(args.images / len(parts))
+    chosen = sample(len(images), args)
 
-    def fault(item):
+    def fault(index):
         try:
-            _, label, name = (images.decode if sharded else images.__getitem__)(item)
+            _, label, _ = images[index]
         except decode.DataError as error:
             return str(error)
-        return None if 0 <= label < classes else f"{images.name(name)} has the label {label}, of {classes} classes: write it again"
-
-    def look(part):
-        found = []
-        try:
-            for item in itertools.islice(images.read([part], 0, 1), each) if sharded else part:
-                found.append(fault(item))
-        except decode.DataError as error:  # a broken shard, or one of another length than its index says
-            found.append(str(error))
-        return found
+        return None if 0 <= label < classes else f"{images.name(index)} has the label {label}, of {classes} classes: write it again"
 
     with ThreadPoolExecutor(CORES) as pool:
-        found = list(itertools.chain.from_iterable(pool.map(look, parts)))
+        found = list(pool.map(fault, chosen))
     return len(found), sorted(filter(None, found))
 
 

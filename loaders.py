@@ -3,9 +3,9 @@ import random
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from samplers import EvalSampler, RASampler, ShuffleSampler
+from samplers import EvalSampler, RASampler, RunSampler, ShuffleSampler
 from shards import ShardedImages
 
 
@@ -23,19 +23,17 @@ def build_loader(dataset, is_train, batch_size, workers, rank=0, ranks=1, seed=0
     Raises ValueError for a batch that is larger than this rank's share. Iterate it once an epoch, after set_epoch.
     start_method: how workers start, where the system's own way will not do.
     """
-    if isinstance(dataset, ShardedImages):
-        if repeated_aug:
-            raise ValueError("--repeated-aug needs single images: it does not work on tar shards")
-        dataset.deal(rank, ranks, batch_size)
-        sampler, share = None, len(dataset) if is_train else 1
-        workers = min(workers, max(1, len(dataset.shards) // ranks))
+    common = dict(num_replicas=ranks, rank=rank, seed=seed)
+    if not is_train:
+        sampler = EvalSampler(dataset, **common)
+    elif repeated_aug:
+        sampler = RASampler(dataset, **common)
+    elif isinstance(dataset, ShardedImages):
+        sampler = RunSampler(dataset, **common, batch_size=batch_size)
     else:
-        kind = EvalSampler if not is_train else RASampler if repeated_aug else ShuffleSampler
-        sampler = kind(dataset, num_replicas=ranks, rank=rank, seed=seed)
-        share = len(sampler)
-    if is_train and share < batch_size:
-        total = getattr(dataset, "total", None) or len(dataset)
-        raise ValueError(f"the training set has {total} images, too few for one batch of {batch_size} on each of {ranks} "
+        sampler = ShuffleSampler(dataset, **common)
+    if is_train and len(sampler) < batch_size:
+        raise ValueError(f"the training set has {len(dataset)} images, too few for one batch of {batch_size} on each of {ranks} "
                          "ranks: use a smaller --batch-size")
     return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=workers, pin_memory=pin_memory,
                       drop_last=is_train, persistent_workers=workers > 0, worker_init_fn=seed_worker,
@@ -44,4 +42,4 @@ def build_loader(dataset, is_train, batch_size, workers, rank=0, ranks=1, seed=0
 
 
 def set_epoch(loader, epoch):
-    (loader.dataset if loader.sampler is None or isinstance(loader.dataset, IterableDataset) else loader.sampler).set_epoch(epoch)
+    loader.sampler.set_epoch(epoch)

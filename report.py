@@ -68,10 +68,8 @@ def draw_curves(rows, path):
 @torch.no_grad()
 def predict(net, dataset, device, count):
     """The first wrong answers and evenly spread right ones: [(image (3, H, W), true class, predicted, probability)]."""
-    if isinstance(dataset, torch.utils.data.IterableDataset):
-        samples = islice(dataset, 20 * count)
-    else:
-        samples = (dataset[i] for i in torch.linspace(0, len(dataset) - 1, min(len(dataset), 20 * count)).long().unique().tolist())
+    spread = torch.linspace(0, len(dataset) - 1, min(len(dataset), 20 * count)).long().unique().tolist()
+    samples = (dataset[i] for i in spread)
     wrong, right = [], []
     while batch := list(islice(samples, 64)):
         images, targets, _ = zip(*batch)

@@ -1,6 +1,7 @@
 """Which samples does this rank see, in which order? Everything follows from lengths, ranks, epoch and seed."""
 import math
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -12,6 +13,7 @@ class RankSampler(Sampler):
         if not 0 <= rank < num_replicas:
             raise ValueError(f"rank {rank} is not one of {num_replicas} ranks")
         self.total, self.num_replicas, self.rank = len(dataset), num_replicas, rank
+        self.run, self.bounds = getattr(dataset, "run", 1), getattr(dataset, "bounds", None)
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch):
@@ -19,7 +21,19 @@ class RankSampler(Sampler):
 
     def permutation(self):
         """All indices in this epoch's order, the same on every rank."""
-        return torch.randperm(self.total, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.total, generator=generator)
+        return order if self.run == 1 else self.in_runs(order, generator)
+
+    def in_runs(self, order, generator):
+        """`order` so that runs of `run` neighbours of a shard, each shuffled, stand together; where runs begin is drawn anew."""
+        shift = int(torch.randint(self.run, (), generator=generator))
+        starts = np.cumsum([0, *((np.diff(self.bounds) + shift + self.run - 1) // self.run)])  # each shard's first run
+        images = order.numpy()
+        shard = np.searchsorted(self.bounds, images, side="right") - 1
+        runs = starts[shard] + (images - self.bounds[shard] + shift) // self.run
+        place = torch.randperm(int(starts[-1]), generator=generator).numpy()
+        return torch.from_numpy(images[np.argsort(place[runs], kind="stable")])
 
 
 class ShuffleSampler(RankSampler):
@@ -59,11 +73,35 @@ class RASampler(RankSampler):
         return iter([repeated[(self.rank + i * self.num_replicas) % len(repeated)] for i in range(len(self))])
 
 
-class EvalSampler(RankSampler):
-    """Every index exactly once over all ranks, in order: a rank may get one less than another, or none."""
+class RunSampler(RankSampler):
+    """For shards: each image once an epoch on any number of ranks, but for the last, ragged batch of all ranks together.
+
+    The epoch's order is cut into batches of `batch_size`, which the ranks take in turns, so that the images of a run of neighbours
+    come into one batch and are one read. Which images the ranks see at a step together follows from seed, epoch and the size of
+    their batch together. A run is as long as the classes of neighbours differ (shards.run_length), at most 8 images; runs are
+    shuffled over the whole set, so a batch of 128 comes from 16 places or more.
+    """
+
+    def __init__(self, dataset, num_replicas=1, rank=0, seed=0, batch_size=1):
+        super().__init__(dataset, num_replicas, rank, seed)
+        self.batch_size = batch_size
 
     def __len__(self):
-        return len(range(self.rank, self.total, self.num_replicas))
+        return self.total // (self.batch_size * self.num_replicas) * self.batch_size
 
     def __iter__(self):
-        return iter(range(self.rank, self.total, self.num_replicas))
+        order = self.permutation()[:len(self) * self.num_replicas]
+        return iter(order.view(-1, self.num_replicas, self.batch_size)[:, self.rank].flatten().tolist())
+
+
+class EvalSampler(RankSampler):
+    """Every index exactly once over all ranks, in order and in one piece each: a rank may get one less than another, or none."""
+
+    def part(self):
+        return range(self.total * self.rank // self.num_replicas, self.total * (self.rank + 1) // self.num_replicas)
+
+    def __len__(self):
+        return len(self.part())
+
+    def __iter__(self):
+        return iter(self.part())

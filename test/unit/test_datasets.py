@@ -8,8 +8,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import tarfile
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -27,9 +25,7 @@ from torchvision import transforms
 
 import datasets
 import decode
-import engine
 import loaders
-from shards import write_index, write_shards
 from transforms import FixedShapeMixup
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -390,267 +386,6 @@ def test_inaturalist_image_that_is_missing(tmp_path):
         val[2]
 
 
-# ---- tar shards ----
-
-@pytest.fixture(scope="module")
-def shards(tiny_folder, tmp_path_factory):
-    """tiny_folder as 6 shards of 4 for training, and 3 of 4, 4 and 3 for validation; read it only."""
-    root = tmp_path_factory.mktemp("shards of 100% real") / "tiny"
-    write_shards(tiny_folder, root, maxcount=4)
-    return root
-
-
-@pytest.fixture(scope="module")
-def one_shard(tiny_folder, tmp_path_factory):
-    root = tmp_path_factory.mktemp("one") / "tiny"
-    write_shards(tiny_folder, root)
-    return root
-
-
-def loader_of(root, is_train, batch_size, workers, rank=0, ranks=1, seed=0):
-    found, _ = datasets.build_dataset(is_train, root, "IMNET", small_transform(), seed=seed)
-    return loaders.build_loader(found, is_train, batch_size, workers, rank, ranks, seed)
-
-
-def names(loader, epoch=0):
-    loaders.set_epoch(loader, epoch)
-    return [list(batch[2]) for batch in read_all(loader)]
-
-
-def flat(batches):
-    return [name for batch in batches for name in batch]
-
-
-def test_shards_hold_the_folders_images(shards, tiny_folder):
-    """Names and numbers of classes, counts, labels and pixels."""
-    train, val, classes = datasets.build_datasets(shards, "IMNET", plain, plain)
-    assert classes == CLASSES
-    assert (len(train), len(val)) == (24, 11)
-    assert json.loads((shards / "val" / "index.json").read_text()) == {
-        "classes": CLASSES, "shards": {"000000.tar": 4, "000001.tar": 4, "000002.tar": 3}}
-    folder = tv.ImageFolder(tiny_folder / "val", plain)
-    for image, label, name in val:
-        expected, number = folder[int(Path(name).name)]
-        assert torch.equal(image, expected)
-        assert label == number
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("place", ["shards", "one_shard"])
-def test_evaluation_reads_each_shards_image_once(request, place, ranks, workers):
-    root = request.getfixturevalue(place)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # a wrong length warns
-        seen = Counter(name for rank in range(ranks) for name in flat(names(loader_of(root, False, 2, workers, rank, ranks))))
-    assert len(seen) == 11
-    assert set(seen.values()) == {1}
-
-
-class Recorder(torch.nn.Module):
-    """Counts the images that it is shown, and knows the class of each."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.known, self.seen = known, Counter()
-
-    def forward(self, images):
-        keys = [hashlib.sha1(image.numpy().tobytes()).hexdigest() for image in images]
-        self.seen.update(keys)
-        return torch.nn.functional.one_hot(torch.tensor([self.known[key] for key in keys]), len(CLASSES)) * 9.0
-
-
-@pytest.mark.parametrize("batch_size", [2, 4, 16])
-@pytest.mark.parametrize("workers", [0, 2, 4])
-@pytest.mark.parametrize("maxcount", [2, 3, 20])
-def test_an_evaluation_is_shown_each_shards_image_once(tiny_folder, tmp_path, maxcount, workers, batch_size):
-    """Each worker ends with a ragged batch of its own, so that there can be more batches than images by batch size."""
-    write_shards(tiny_folder, tmp_path, maxcount=maxcount)
-    folder = tv.ImageFolder(tiny_folder / "val", small_transform())
-    model = Recorder({hashlib.sha1(image.numpy().tobytes()).hexdigest(): label for image, label in folder})
-    stats = engine.evaluate(loader_of(tmp_path, False, batch_size, workers), model, torch.device("cpu"), quiet=True)
-    assert model.seen == Counter(model.known.keys()) and len(model.known) == 11
-    assert stats["images"] == 11 and stats["acc1"] == stats["acc5"] == 100
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("place", ["shards", "one_shard"])
-def test_training_on_shards_is_even(request, place, ranks, workers):
-    """Every rank gets as many full batches, also where one shard is all there is; each epoch, and what the loader says."""
-    root = request.getfixturevalue(place)
-    for rank in range(ranks):
-        loader = loader_of(root, True, 4, workers, rank, ranks)
-        assert len(loader) == 24 // ranks // 4
-        for epoch in range(2):
-            assert [len(batch) for batch in names(loader, epoch)] == [4] * (24 // ranks // 4)
-
-
-def test_training_on_shards_shows_each_image_once_an_epoch(shards):
-    """On one rank, and on two whose shards hold their shares."""
-    for ranks in (1, 2):
-        for epoch in range(3):
-            seen = Counter(name for rank in range(ranks) for name in flat(names(loader_of(shards, True, 4, 0, rank, ranks), epoch)))
-            assert len(seen) == 24 and set(seen.values()) == {1}
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_order_of_shards_follows_seed_and_epoch(shards, workers):
-    """Persistent workers see the new epoch."""
-    loader = loader_of(shards, True, 4, workers, seed=5)
-    first, second = names(loader, 0), names(loader, 1)
-    assert first != second
-    again = loader_of(shards, True, 4, workers, seed=5)
-    assert [names(again, 0), names(again, 1)] == [first, second]
-    assert names(loader_of(shards, True, 4, workers, seed=5), 1) == second, "a resumed run has the epoch's order"
-    assert names(loader_of(shards, True, 4, workers, seed=6), 0) != first
-
-
-def test_shards_without_an_index_are_counted(shards, tmp_path):
-    for split in ("train", "val"):
-        (tmp_path / split).mkdir()
-        for shard in (shards / split).glob("*.tar"):
-            shutil.copy(shard, tmp_path / split)
-    train, val, classes = datasets.build_datasets(tmp_path, "IMNET", plain, plain)
-    assert (len(train), len(val), classes) == (24, 11, ["0", "1", "2"])
-
-
-def test_a_stale_index_is_refused(shards, tmp_path):
-    root = shutil.copytree(shards, tmp_path / "data")
-    (root / "val" / "000001.tar").rename(root / "val" / "000009.tar")
-    with pytest.raises(ValueError, match=r"index.json does not fit the shards beside it \(00000[19].tar\): python datasets.py index "):
-        datasets.build_dataset(False, root)
-
-
-@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"classes": ["a"], "shards": 3}'])
-def test_an_index_that_is_none(shards, tmp_path, text):
-    root = shutil.copytree(shards, tmp_path / "data")
-    (root / "val" / "index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"cannot read .*index\.json .*: python datasets.py index "):
-        datasets.build_dataset(False, root)
-
-
-def test_damaged_shards(shards, tmp_path):
-    """A shard that is no tar, when it is counted; an image that is none, when it is met, with shard and name."""
-    root = shutil.copytree(shards, tmp_path / "data")
-    (root / "val" / "index.json").unlink()
-    (root / "val" / "000000.tar").write_bytes(b"no tar" * 200)
-    with pytest.raises(ValueError, match=r"cannot read the shard .*000000\.tar"):
-        datasets.build_dataset(False, root)
-    folder = class_folders(tmp_path / "folder", ["cat"])
-    (folder / "val" / "cat" / "0.png").write_bytes(b"no image")
-    write_shards(folder, tmp_path / "bad")
-    for workers in (0, 1):
-        with pytest.raises(decode.UnreadableImage, match=r"cannot read the image .*000000\.tar/00000000 "):
-            names(loader_of(tmp_path / "bad", False, 1, workers))
-
-
-def headers(shard):
-    """Where its members begin."""
-    with tarfile.open(shard) as tar:
-        return [member.offset for member in tar]
-
-
-def damaged(content, starts, kind):
-    if kind == "no tar":
-        return b"no tar" * 200
-    if kind == "empty":
-        return b""
-    if kind == "first header":
-        return b"\xff" * 100 + content[100:]
-    if kind == "within a member":
-        return content[:starts[3] + 600]
-    if kind == "between members":
-        return content[:starts[4]]
-    assert kind == "later header"
-    return content[:starts[4] + 10] + b"\xff" * 100 + content[starts[4] + 110:]
-
-
-def damaged_root(shards, folder, split, kind):
-    """The shards with their index; the second one of the split is damaged."""
-    root = shutil.copytree(shards, folder)
-    shard = root / split / "000001.tar"
-    shard.write_bytes(damaged(shard.read_bytes(), headers(shard), kind))
-    return root
-
-
-def assert_it_names_the_shard(root, is_train, workers):
-    with pytest.raises(decode.DataError) as error:
-        for epoch in range(2):
-            names(loader_of(root, is_train, 2, workers), epoch)
-    line = str(error.value).splitlines()[-1]
-    assert "cannot read" in line and "/000001.tar" in line and "write it again" in line
-    assert workers or str(error.value) == line
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("kind", ["no tar", "empty", "first header", "within a member"])
-def test_a_damaged_shard_behind_an_index_is_named_when_it_is_read(shards, tmp_path, kind, split, workers):
-    assert_it_names_the_shard(damaged_root(shards, tmp_path / "data", split, kind), split == "train", workers)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", ["between members", "later header"])
-def test_a_shard_that_ends_early_is_an_error(shards, tmp_path, kind, workers):
-    """tar takes both for its end; the index knows better."""
-    assert_it_names_the_shard(damaged_root(shards, tmp_path / "data", "val", kind), False, workers)
-
-
-@pytest.mark.parametrize("kind", ["no tar", "empty", "first header", "within a member", "between members", "later header"])
-def test_the_message_of_a_damaged_shard_names_it_alone_in_words(shards, tmp_path, kind):
-    root = damaged_root(shards, tmp_path / "data", "val", kind)
-    with pytest.raises(decode.DataError) as error:
-        names(loader_of(root, False, 2, 0))
-    assert "BufferedReader" not in str(error.value) and "000000.tar" not in str(error.value)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_whatever_the_damage_of_a_shard_it_is_a_data_error(shards, tmp_path):
-    root, rng = shutil.copytree(shards, tmp_path / "data"), random.Random(0)
-    shard = root / "val" / "000001.tar"
-    whole, found = shard.read_bytes(), datasets.build_dataset(False, root, "IMNET", small_transform())[0]
-    for _ in range(150):
-        content = bytearray(whole)
-        if rng.random() < 0.3:
-            del content[rng.randrange(len(content)):]
-        for _ in range(rng.choice([0, 1, 4])):
-            start = 512 * rng.randrange(len(whole) // 512)  # a header, as often as not
-            content[start:start + 200] = bytes(byte ^ (rng.random() < 0.02) << rng.randrange(8) for byte in content[start:start + 200])
-        shard.write_bytes(content)
-        try:
-            assert len(list(found)) <= 11
-        except decode.DataError as error:
-            assert len(str(error).splitlines()) == 1
-
-
-@pytest.mark.parametrize("workers", [1, 6])
-def test_a_worker_without_an_image_is_a_data_error(shards, tmp_path, workers):
-    """One shard is empty. A single worker goes round the others."""
-    root = shutil.copytree(shards, tmp_path / "data")
-    with tarfile.open(root / "train" / "000002.tar", "w"):
-        pass
-    write_index(root / "train", CLASSES)
-    loader = loader_of(root, True, 2, workers)
-    if workers == 1:
-        assert [len(batch) for batch in names(loader)] == [2] * 10
-        return
-    with pytest.raises(decode.DataError, match=r"too few images for 6 workers: use fewer --num_workers"):
-        for epoch in range(9):  # the shards are dealt anew each epoch, and not every worker has a batch to make
-            names(loader, epoch)
-
-
-def test_shards_cannot_repeat_augmentation(shards):
-    found, _ = datasets.build_dataset(True, shards)
-    with pytest.raises(ValueError, match="--repeated-aug"):
-        loaders.build_loader(found, True, 4, 0, repeated_aug=True)
-
-
-def test_a_batch_larger_than_a_ranks_shards(shards):
-    with pytest.raises(ValueError, match="24 images, too few for one batch of 16 on each of 2 ranks"):
-        loader_of(shards, True, 16, 0, 0, 2)
-
-
 # ---- digits ----
 
 def test_digits(digits_folder):
@@ -729,6 +464,15 @@ def test_batches(tiny_folder, workers):
     assert [label for batch in batches for label in batch[1].tolist()] == [0] * 4 + [1] * 4 + [2] * 3
 
 
+def names(loader, epoch=0):
+    loaders.set_epoch(loader, epoch)
+    return [list(batch[2]) for batch in read_all(loader)]
+
+
+def flat(batches):
+    return [name for batch in batches for name in batch]
+
+
 @pytest.mark.parametrize("repeated", [False, True])
 def test_the_order_follows_seed_and_epoch(tiny_folder, repeated):
     """The seed reaches the samplers."""
@@ -790,19 +534,6 @@ def test_command_digits(tmp_path, command, capsys):
     command("digits", tmp_path / "digits")
     for text in (done.stdout, capsys.readouterr().out):
         assert "'train': 1438" in text and "'val': 359" in text
-
-
-def test_command_shards_and_index(tiny_folder, tmp_path, command):
-    command("shards", tiny_folder, tmp_path / "tars")
-    train, val, classes = datasets.build_datasets(tmp_path / "tars", "IMNET", plain, plain)
-    assert (len(train), len(val), classes) == (24, 11, CLASSES)
-    (tmp_path / "tars" / "val" / "000000.tar").rename(tmp_path / "tars" / "val" / "new.tar")
-    with pytest.raises(ValueError, match="does not fit"):
-        datasets.build_dataset(False, tmp_path / "tars")
-    command("index", tmp_path / "tars")
-    train, val, classes = datasets.build_datasets(tmp_path / "tars", "IMNET", plain, plain)
-    assert (len(train), len(val)) == (24, 11)
-    assert classes == CLASSES, "counting again must not forget the names"
 
 
 @pytest.mark.parametrize("words", [(), ("help",), ("digits",), ("shards", "one"), ("dance", "here")])

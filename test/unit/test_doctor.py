@@ -1,6 +1,5 @@
 """doctor.py through its command line: on data sets with known faults, and in environments made of stub packages."""
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -9,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 import datasets
 import doctor
-from shards import write_shards
+from datasets import write_shards
 
 TORCH = importlib.metadata.version("torch").partition("+")[0]
 CPU_TORCH = "install the CPU-only build of torch {}, from PyTorch's CPU index"
@@ -155,21 +155,20 @@ def test_class_folders_that_differ(monkeypatch, tiny_folder, tmp_path):
 def test_shards_while_torch_npu_ends_the_process(run, package, tiny_folder, tmp_path):
     """The data is looked at all the same: for that torch_npu is not loaded."""
     site = package("torch_npu", TORCH, ABORTS, entry_points=AUTOLOAD)
-    shutil.copytree(tiny_folder, tmp_path / "folders")
-    (tmp_path / "folders" / "train" / "flower" / "00.jpg").write_text("no image")
-    write_shards(tmp_path / "folders", tmp_path / "shards", maxcount=10)
-    index = tmp_path / "shards" / "val" / "index.json"
-    content = json.loads(index.read_text())
-    content["shards"]["000000.tar"] += 1
-    index.write_text(json.dumps(content))
+    write_shards(tiny_folder, tmp_path / "shards", maxcount=10)
+    for split, part in (("train", "image"), ("val", "header")):
+        place = int(np.load(tmp_path / "shards" / split / "index.npy")["image"][0])
+        with open(tmp_path / "shards" / split / "000000.tar", "r+b") as shard:
+            shard.seek(place + (512 if part == "image" else 0))
+            shard.write(b"no image")
     found = run("--data-path", tmp_path / "shards", "--full", PYTHONPATH=site)
     [(level, text)] = found["import torch"]
     assert level == "fail" and text.startswith("the process died (SIGABRT): duplicate allocator key - torch must be CPU-only and ")
     assert found["train decode"] == [("fail", "23 of 24 images looked at are readable, of 24 - replace or remove the others")]
     (_, image), (level, shard) = found["image"]
-    assert f"cannot read the image {tmp_path}/shards/train/00000" in image
-    assert level == "fail" and f"cannot read the shard {tmp_path}/shards/val/000000.tar: it ends after 10 of 11 images" in shard
-    assert found["val decode"] == [("fail", "11 of 12 images looked at are readable, of 12 - replace or remove the others")]
+    assert f"cannot read the image {tmp_path}/shards/train/000000.tar/000000" in image
+    assert level == "fail" and f"cannot read the shard {tmp_path}/shards/val/000000.tar (bad checksum, at byte " in shard
+    assert found["val decode"] == [("fail", "10 of 11 images looked at are readable, of 11 - replace or remove the others")]
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -184,11 +183,13 @@ def test_sample_of_the_images(tiny_folder, tmp_path, full):
         12, [(train.names[3], train.names[3])])
     write_shards(tiny_folder, tmp_path, maxcount=10)
     shards, _ = datasets.build_dataset(True, tmp_path)
-    assert doctor.look_at(shards, 3, args) == (24 if full else 6, [])  # 2 of each shard
+    assert doctor.look_at(shards, 3, args) == (24 if full else 5, [])
     broken = Path(shards.shards[1])
     broken.write_bytes(b"no tar")
-    count, [text] = doctor.look_at(shards, 3, args)
-    assert count == (15 if full else 5) and f"cannot read the shard {broken} (" in text
+    count, texts = doctor.look_at(shards, 3, args)
+    looked = [i for i in doctor.sample(24, args) if 8 <= i < 16]
+    assert count == (24 if full else 5) and len(texts) == len(looked) > 0
+    assert all(f"cannot read the shard {broken} (" in text for text in texts)
 
 
 def test_no_data(run, no_torch, tmp_path):
