@@ -1,10 +1,11 @@
 """How are weights moved? Effective learning rate, parameter groups, optimizer and schedule: one function, in that order."""
 import copy
 import inspect
+import math
 from types import SimpleNamespace
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_weight_decay
+from timm.optim import Lookahead, create_optimizer_v2, get_optimizer_class, get_optimizer_info, param_groups_weight_decay
 from timm.scheduler import TanhLRScheduler, create_scheduler_v2
 
 import devices
@@ -59,6 +60,12 @@ class Schedule:
             plateau.__dict__.update({k: v for k, v in state.items() if k in plateau.state_dict()})
 
 
+def decay_groups(model, weight_decay):
+    """Parameters without weight decay (biases, norms, what the model exempts), and those with it, each in the model's order."""
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
+
+
 def build(model, device, *, lr, global_batch, epochs, opt="adamw", weight_decay=0.05, momentum=0.9, eps=None, betas=None,
           precision="fp32", sched="cosine", sched_lag=1, warmup_lr=1e-6, warmup_epochs=5, min_lr=1e-5,
           cooldown_epochs=10, decay_epochs=30, decay_rate=0.1, patience_epochs=10, lr_noise=None, lr_noise_pct=0.67,
@@ -68,12 +75,14 @@ def build(model, device, *, lr, global_batch, epochs, opt="adamw", weight_decay=
     The rate is scaled before the optimizer is built: the original scaled a number that nothing read any more.
     """
     peak_lr = effective_lr(lr, global_batch)
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
+    groups = decay_groups(model, weight_decay)
     opt = opt.lower()
     constructor, flavour = devices.optimizer_flavour(device, opt, precision)
     try:
-        accepted = inspect.signature(constructor or get_optimizer_class(opt, bind_defaults=False)).parameters
+        base = opt.removeprefix("lookahead_")
+        if constructor is None and get_optimizer_info(base).second_order:
+            raise ValueError("it needs second derivatives, which this training does not compute")
+        accepted = inspect.signature(constructor or get_optimizer_class(base, bind_defaults=False)).parameters
         settings = {name: value for name, value in dict(eps=eps, betas=betas).items() if value is not None}
         if unknown := [name for name in settings if name not in accepted and name != "eps"]:
             raise ValueError(f"it has no {unknown[0]} (--opt-{unknown[0]})")
@@ -104,33 +113,170 @@ def build(model, device, *, lr, global_batch, epochs, opt="adamw", weight_decay=
     return optimizer, Schedule(optimizer, scheduler, sched_lag), peak_lr
 
 
-def portable_state(optimizer):
-    """The optimizer's state as torch's AdamW writes it, whichever optimizer it is."""
-    state = optimizer.state_dict()
-    moments = {i: {key: torch.tensor(float(value)) if key == "step" else value for key, value in entry.items()}
-               for i, entry in state["state"].items()}
-    return {"state": moments, "param_groups": state["param_groups"]}
+def kind_of(optimizer):
+    """The name that a checkpoint knows an optimizer by. AdamW's implementations, fused, foreach and flat, have one state."""
+    if isinstance(optimizer, Lookahead):
+        return f"Lookahead {kind_of(optimizer._base_optimizer)}"
+    return "AdamW" if devices.is_flat(optimizer) else type(optimizer).__name__
 
 
-def load_state(optimizer, state):
-    """Take a portable state. Raises ValueError where it belongs to other parameters or another kind of optimizer.
+def names_of(optimizer, model):
+    """The parameters' names in the optimizer's own order, a list a group. A parameter may have two names: the first."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
-    The state is moments and steps: rates, decay and betas stay the running optimizer's, as its options say. Before the
-    first step: torch_npu's flat optimizer ignores what comes later. Its steps are plain numbers, since tensors that
-    alias would count twice; torch's are tensors.
+
+def portable_state(optimizer, model=None):
+    """The optimizer's state in torch's layout, with its kind and, where `model` is given, its parameters' names.
+
+    torch_npu's flat AdamW counts its steps in plain numbers; here they are tensors, as torch's AdamW has them.
     """
-    own = optimizer.state_dict()["param_groups"]
-    saved = state["param_groups"]
-    if [len(group["params"]) for group in own] != [len(group["params"]) for group in saved]:
-        raise ValueError("the checkpoint's optimizer has other parameters: was it another model, or another --weight-decay?")
-    groups = [{**new, **old} for old, new in zip(own, saved)]  # only what an optimizer counts in its groups is the saved one's
-    if ("betas" in own[0]) != ("betas" in saved[0]):
-        raise ValueError("the checkpoint's optimizer is of another kind (--opt)")
-    flat = devices.is_flat(optimizer)
+    state = optimizer.state_dict()
+    if devices.is_flat(optimizer):
+        state["state"] = {i: {key: torch.tensor(float(value)) if key == "step" else value for key, value in entry.items()}
+                          for i, entry in state["state"].items()}
+    names = names_of(optimizer, model) if model is not None else [None] * len(state["param_groups"])
+    groups = [{**group, **({"param_names": own} if own else {})} for group, own in zip(state["param_groups"], names)]
+    return {**state, "param_groups": groups, "kind": kind_of(optimizer)}
 
-    def step(value):
-        return int(value) if flat else torch.as_tensor(float(value))
 
-    moments = {i: {key: step(value) if key == "step" else value for key, value in entry.items()}
-               for i, entry in state["state"].items()}
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+def expected(optimizer):
+    """What the optimizer keeps once it has stepped, told by a twin of it that steps with gradients of 0.
+
+    -> {(group, shape): {key: value}}, [the keys that each group counts in]
+    """
+    if devices.is_flat(optimizer):  # a twin would gather its parameters into a buffer of its own
+        shapes = {(i, p.shape): p for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        return {at: dict(step=0, exp_avg=p, exp_avg_sq=p) for at, p in shapes.items()}, [{"step"} for _ in optimizer.param_groups]
+    base = optimizer._base_optimizer if isinstance(optimizer, Lookahead) else optimizer
+    own = [(i, p) for i, group in enumerate(base.param_groups) for p in group["params"]]
+    stands_in = {(i, p.shape): torch.nn.Parameter(torch.zeros_like(p)) for i, p in own}
+    twin = copy.deepcopy(base, {id(p): stands_in[i, p.shape] for i, p in own})
+    for i, group in enumerate(twin.param_groups):
+        group["params"] = [p for (of, _), p in stands_in.items() if of == i]
+    for p in stands_in.values():
+        p.grad = torch.zeros_like(p)
+    with torch.random.fork_rng(devices=[]):
+        twin.step()
+    counted = [{key for key in after if key != "params" and (key not in before or before[key] != after[key])}
+               for before, after in zip(base.param_groups, twin.param_groups)]
+    kept = {at: dict(twin.state[p]) for at, p in stands_in.items()}
+    if isinstance(optimizer, Lookahead):
+        kept = {at: {"lookahead_slow_buff": stands_in[at], **entry} for at, entry in kept.items()}
+        counted = [keys | {"lookahead_step"} for keys in counted]
+    return kept, counted
+
+
+def fitted(value, like):
+    """`value` as the optimizer keeps it: steps are integers to some, floats or tensors to others. ValueError where it cannot be."""
+    if isinstance(like, (list, tuple)):
+        if not isinstance(value, (list, tuple)) or len(value) != len(like):
+            raise ValueError("it is no list of the right length")
+        return type(like)(fitted(a, b) for a, b in zip(value, like))
+    if like is None or value is None:
+        if value is not like:
+            raise ValueError("it is kept by one of the two only")
+        return None
+    if not isinstance(value, (torch.Tensor, int, float)):
+        raise ValueError(f"it is a {type(value).__name__}")
+    if isinstance(like, torch.Tensor):
+        value = torch.as_tensor(value)
+        value = value.reshape(like.shape) if value.numel() == like.numel() == 1 else value
+        if value.shape != like.shape or value.layout != like.layout:
+            raise ValueError(f"its shape is {tuple(value.shape)}, not {tuple(like.shape)}")
+        return value if value.is_floating_point() and like.dim() else value.to(like.dtype)
+    if torch.as_tensor(value).numel() != 1 or not math.isfinite(value := float(value)):
+        raise ValueError("it is no number")
+    return type(like)(value)
+
+
+def names_in(state, order, model):
+    """The names of a saved optimizer's parameters, as its positions count them.
+
+    order: names of the parameters in the order of the saved model. A state without names (upstream's, and ours before it
+    had them) is of timm's groups: those that do not decay and then those that do, each in the model's order; or of one.
+    """
+    groups = state["param_groups"]
+    if all(isinstance(group.get("param_names"), (list, tuple)) for group in groups):
+        return [name for group in groups for name in group["param_names"]]
+    if len(groups) == 1:
+        return list(order)
+    exempt = {id(p) for group in decay_groups(model, 1.0) if not group["weight_decay"] for p in group["params"]}
+    exempt = {name for name, p in model.named_parameters() if id(p) in exempt}
+    split = [[name for name in order if name in exempt], [name for name in order if name not in exempt]]
+    return [name for part in split for name in part] if [len(part) for part in split] == [len(g["params"]) for g in groups] else []
+
+
+def check_layout(state):
+    """ValueError for what is no optimizer's state_dict()."""
+    groups = state.get("param_groups") if isinstance(state, dict) else None
+    if not (isinstance(groups, list) and groups and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+            and isinstance(state.get("state"), dict) and all(isinstance(entry, dict) for entry in state["state"].values())
+            and isinstance(state.get("kind", ""), str)):
+        raise ValueError("the checkpoint's optimizer state is not one that torch writes: start from its weights, --finetune FILE")
+
+
+def kind_named(opt):
+    """kind_of the optimizer that --opt calls so; None for a name that is not known."""
+    try:
+        name = get_optimizer_class(opt.removeprefix("lookahead_").removeprefix("npufused"), bind_defaults=False).__name__
+    except Exception:  # another version's name, or none at all
+        return None
+    return f"Lookahead {name}" if opt.startswith("lookahead_") else name
+
+
+def load_state(optimizer, state, model=None, order=None, opt=None):
+    """Take a saved state: by its parameters' names, or, where it has none, by `order`, the saved model's names in their order.
+
+    opt: the --opt that it was saved under, where the state does not say its kind.
+
+    Raises ValueError where it is of other parameters, of another kind of optimizer, or of other shapes. The state is moments
+    and steps: rates, decay and betas stay the running optimizer's, as its options say. Before the first step: torch_npu's
+    flat optimizer ignores what comes later, and its steps are plain numbers, since tensors that alias would count twice.
+    """
+    check_layout(state)
+    saved_groups, own = state["param_groups"], optimizer.state_dict()
+    other = "the checkpoint's optimizer has other parameters: was it another model"
+    positions = [i for group in saved_groups for i in group["params"]]
+    if model is None:
+        if [len(group["params"]) for group in own["param_groups"]] != [len(group["params"]) for group in saved_groups]:
+            raise ValueError(f"{other}, or another --weight-decay?")
+        own_names = saved_names = range(len(positions))
+    else:
+        groups = names_of(optimizer, model)
+        own_names = [name for group in groups for name in group]
+        known = set(own_names)
+        saved_names = names_in(state, [name for name in order or own_names if name in known], model)
+    if sorted(map(str, saved_names)) != sorted(map(str, own_names)) or len(positions) != len(saved_names):
+        raise ValueError(f"{other}? It has {len(positions)}, and the model {len(own_names)}")
+    entries = {name: state["state"][i] for name, i in zip(saved_names, positions) if i in state["state"]}
+    if (saved_kind := state.get("kind") or kind_named(opt) or kind_of(optimizer)) != kind_of(optimizer):
+        raise ValueError(f"the checkpoint's optimizer is of another kind, {saved_kind}, not {kind_of(optimizer)} (--opt); its weights "
+                         "alone start a new training: --finetune FILE")
+    load_entries(optimizer, own, entries, own_names, state)
+
+
+def load_entries(optimizer, own, entries, names, state):
+    """The part of load_state that looks into the moments. own: optimizer.state_dict(); entries: the saved ones, by name."""
+    kept, counted = expected(optimizer)
+    moments, names = {}, iter(names)
+    for i, group in enumerate(optimizer.param_groups):
+        for position, parameter in zip(own["param_groups"][i]["params"], group["params"]):
+            name, like = next(names), kept[i, parameter.shape]
+            if not (entry := entries.get(name)):
+                continue
+            if odd := sorted(map(str, (entry.keys() ^ like.keys()) - {"lookahead_slow_buff"})):
+                raise ValueError(f"the checkpoint's optimizer is of another kind (--opt): {odd[0]} is kept by one of the two only")
+            try:
+                moments[position] = {key: fitted(value, like[key]) for key, value in entry.items()}
+            except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+                raise ValueError(f"the checkpoint's optimizer does not fit the model: of {name}, {error}") from error
+    saved_groups = state["param_groups"]
+    groups = []
+    for i, group in enumerate(own["param_groups"]):
+        saved = saved_groups[i] if len(saved_groups) == len(own["param_groups"]) else saved_groups[0]
+        groups.append({**group, **{key: saved[key] for key in counted[i] if isinstance(saved.get(key), (int, float, torch.Tensor))}})
+    try:
+        optimizer.load_state_dict({**{key: value for key, value in state.items() if key in own}, "state": moments, "param_groups": groups})
+    except Exception as error:  # timm's optimizers check what they take, each in its own way
+        raise ValueError(f"the checkpoint's optimizer state does not fit ({type(error).__name__}): was it another --opt?") from error

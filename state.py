@@ -1,4 +1,6 @@
 """What of a run must survive? Model, optimizer, schedule, precision, moving average and progress: one state_dict, one load_state_dict."""
+import argparse
+
 import checkpoint
 import optim
 
@@ -21,12 +23,14 @@ class State:
 
     def state_dict(self):
         average = {} if self.model_ema is None else {"model_ema": self.model_ema.module.state_dict()}
-        return dict(model=self.net.state_dict(), optimizer=optim.portable_state(self.optimizer), schedule=self.schedule.state_dict(),
-                    scaler=self.precision.state_dict(), epoch=self.epoch, best_accuracy=self.best, last_accuracy=self.accuracy, **average)
+        return dict(model=self.net.state_dict(), optimizer=optim.portable_state(self.optimizer, self.net),
+                    schedule=self.schedule.state_dict(), scaler=self.precision.state_dict(), epoch=self.epoch,
+                    best_accuracy=self.best, last_accuracy=self.accuracy, **average)
 
     def load_state_dict(self, saved, path="the checkpoint"):
         """Take all of a checkpoint but the model's weights, which are in `net` already: it may have been wrapped since."""
-        optim.load_state(self.optimizer, saved["optimizer"])
+        settings = saved.get("options") or vars(saved.get("args") or argparse.Namespace())
+        optim.load_state(self.optimizer, saved["optimizer"], self.net, list(checkpoint.model_state(saved, path)), settings.get("opt"))
         self.schedule.load_state_dict(saved.get("schedule", {}))
         self.precision.load_state_dict(saved.get("scaler") or saved.get("amp") or {})
         if self.model_ema is not None and saved.get("model_ema"):

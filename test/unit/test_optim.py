@@ -141,7 +141,7 @@ def test_a_note_about_momentum_or_epsilon_is_true_of_every_optimizer():
             try:
                 optimizer, _, _ = build(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)), opt=opt, sched="none", **settings)
             except ValueError as error:
-                assert "CUDA required" in str(error)  # not to be built here
+                assert "CUDA required" in str(error) or "second derivatives" in str(error)  # not to be built here
                 break
             built[word] = repr(numbers(optimizer))
         else:

@@ -1,0 +1,245 @@
+"""What of a run survives: the optimizer's state by name and shape, the moving average, the scaler, progress; others' checkpoints."""
+import copy
+import io
+
+import pytest
+import timm
+import timm.optim
+import torch
+from torch import nn
+
+import devices
+import engine
+import gvt
+import optim
+
+CPU = torch.device("cpu")
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 16),
+                         nn.LayerNorm(16), nn.Linear(16, 4))
+
+
+def build(model, opt="adamw", **settings):
+    return optim.build(model, CPU, **{**dict(lr=1e-2, global_batch=512, epochs=10, opt=opt, eps=1e-8), **settings})[0]
+
+
+def train(model, optimizer, steps, seed, amp="off"):
+    """The training loop of a run, on random images."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    batches = [(torch.randn(4, 3, 8, 8, generator=generator), torch.randint(4, (4,), generator=generator)) for _ in range(steps)]
+    engine.train_one_epoch(model, lambda images, outputs, targets: nn.functional.cross_entropy(outputs, targets), batches, optimizer,
+                           CPU, 0, devices.make_precision(CPU, amp), 5.0, quiet=True)
+
+
+def through_a_file(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def nearly_equal(model, other, **tolerance):
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values()):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+# ---- every optimizer of timm's ----
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("opt", [*timm.optim.list_optimizers(), "lookahead_adamw", "lookahead_sgd", "lookahead_radam"])
+def test_every_optimizer_resumes_bit_for_bit_or_is_refused_in_one_line(opt):
+    """3 steps, a file, 3 more: the weights of 6 steps; also with the names, which the file has, in another order."""
+    straight = small()
+    try:
+        optimizer = build(straight, opt)
+    except ValueError as error:
+        assert "\n" not in str(error) and ("CUDA required" in str(error) or "second derivatives" in str(error))
+        return
+    train(straight, optimizer, 3, seed=1)
+    saved = through_a_file({"model": straight.state_dict(), "optimizer": optim.portable_state(optimizer, straight)})
+    train(straight, optimizer, 3, seed=2)
+    resumed = small(seed=9)
+    resumed.load_state_dict(saved["model"])
+    other = build(resumed, opt)
+    optim.load_state(other, saved["optimizer"], resumed)
+    train(resumed, other, 3, seed=2)
+    nearly_equal(straight, resumed, rtol=0, atol=0)
+
+
+# ---- upstream's checkpoints ----
+
+def upstreams_order(model):
+    """The names in the order of upstream's ALTGVT and GroupBlock: both delete what they inherit and add their own at the end."""
+    order = {"norm1": 0, "norm2": 1, "mlp": 2, "attn": 3}
+
+    def place(name):
+        top = ["patch_embeds", "norm", "head", "pos_block", "blocks"].index(name.split(".")[0])
+        block = name.split(".")[1:4] if top == 4 else []
+        return (top, *(map(int, block[:2])), *(order[part] for part in block[2:]))
+
+    return sorted((name for name, _ in model.named_parameters()), key=place)
+
+
+def upstreams_checkpoint(model, steps=2):
+    """What upstream writes: AdamW over timm 0.3.2's two groups of a model whose modules stand in upstream's order, no names."""
+    order, parameters = upstreams_order(model), dict(model.named_parameters())
+    exempt = [n for n in order if parameters[n].ndim == 1 or n.endswith(".bias") or n.startswith("pos_block.")]
+    groups = [{"params": [parameters[n] for n in exempt], "weight_decay": 0.0},
+              {"params": [parameters[n] for n in order if n not in set(exempt)], "weight_decay": 0.05}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        for parameter in parameters.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    for entry in state["state"].values():
+        entry["step"] = int(entry["step"])  # torch 1.x counted so
+    for group in state["param_groups"]:
+        for key in ("foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
+            group.pop(key, None)
+    scaler = {"scale": 2.0 ** 14, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 7}
+    return {"model": {n: parameters[n].detach().clone() for n in order}, "optimizer": state, "lr_scheduler": {}, "epoch": 4,
+            "scaler": scaler}, optimizer
+
+
+@pytest.fixture(scope="module")
+def upstream():
+    model = gvt.alt_gvt_small(num_classes=3)
+    return model, *upstreams_checkpoint(model)
+
+
+def test_upstreams_order_is_another_and_most_moments_have_another_shape(upstream):
+    model, saved, _ = upstream
+    ours = build(model)
+    positions = [p for group in ours.param_groups for p in group["params"]]
+    assert len(positions) == len(saved["optimizer"]["state"]) == 290
+    assert sum(saved["optimizer"]["state"][i]["exp_avg"].shape != p.shape for i, p in enumerate(positions)) == 177
+
+
+def test_upstreams_moments_find_their_parameters(upstream):
+    """Every moment belongs to the parameter that it was made of, and counts its steps."""
+    _, saved, theirs = upstream
+    model = gvt.alt_gvt_small(num_classes=3)
+    model.load_state_dict(saved["model"])
+    ours = build(model)
+    optim.load_state(ours, through_a_file(saved["optimizer"]), model, list(saved["model"]))
+    by_name = {name: ours.state[p] for name, p in model.named_parameters()}
+    for name, parameter in upstream[0].named_parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(by_name[name][key], theirs.state[parameter][key]), (name, key)
+        assert float(by_name[name]["step"]) == 2
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+def test_positions_are_read_in_one_group_or_two_whatever_the_weight_decay_now(upstream, decay):
+    """timm makes one group where nothing decays."""
+    _, saved, theirs = upstream
+    model = gvt.alt_gvt_small(num_classes=3)
+    ours = build(model, weight_decay=decay)
+    optim.load_state(ours, copy.deepcopy(saved["optimizer"]), model, list(saved["model"]))
+    by_name = {name: ours.state[p] for name, p in model.named_parameters()}
+    assert all(torch.equal(by_name[name]["exp_avg"], theirs.state[p]["exp_avg"]) for name, p in upstream[0].named_parameters())
+
+
+def test_a_state_of_ours_without_names_still_resumes():
+    """As our checkpoints were before they had names, and integer steps were floats in tensors."""
+    straight = small()
+    optimizer = build(straight, "radamlegacy")
+    train(straight, optimizer, 3, seed=1)
+    saved = through_a_file({"model": straight.state_dict(), "optimizer": optimizer.state_dict()})
+    for entry in saved["optimizer"]["state"].values():
+        entry["step"] = torch.tensor(float(entry["step"]))
+    train(straight, optimizer, 3, seed=2)
+    resumed = small(seed=9)
+    resumed.load_state_dict(saved["model"])
+    other = build(resumed, "radamlegacy")
+    optim.load_state(other, saved["optimizer"], resumed, list(saved["model"]))
+    assert {type(entry["step"]) for entry in other.state.values()} == {int}
+    train(resumed, other, 3, seed=2)
+    nearly_equal(straight, resumed, rtol=0, atol=0)
+
+
+def test_names_find_their_parameters_whatever_the_order_of_the_modules():
+    class Pair(nn.Module):
+        def __init__(self, names):
+            super().__init__()
+            for name in names:
+                setattr(self, name, nn.Linear(4, 4))
+
+    first, second = Pair("ab"), Pair("ba")
+    saver, loader = build(first), build(second)
+    for number, parameter in enumerate(first.parameters()):
+        parameter.grad = torch.full_like(parameter, 1.0 + number)
+    saver.step()
+    optim.load_state(loader, through_a_file(optim.portable_state(saver, first)), second, [])
+    theirs = {name: saver.state[p]["exp_avg"] for name, p in first.named_parameters()}
+    assert all(torch.equal(loader.state[p]["exp_avg"], theirs[name]) for name, p in second.named_parameters())
+
+
+# ---- what does not fit ----
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("now", ["nadam", "nadamw", "lion", "lamb", "radam", "adamp", "adam", "sgd", "adan", "kron", "lookahead_adamw"])
+@pytest.mark.parametrize("said_by", ["kind", "options", "keys"])
+def test_adamws_state_under_another_optimizer_is_one_line(now, said_by):
+    """A state without kind and names is of upstream's or an older one of ours: their options say --opt, else what is kept tells."""
+    model = small()
+    optimizer = build(model)
+    train(model, optimizer, 1, seed=1)
+    state = optim.portable_state(optimizer, model) if said_by == "kind" else optimizer.state_dict()
+    if said_by == "keys" and now in ("adam", "adamp", "radam", "lookahead_adamw", "nadamw", "lamb"):
+        return  # these keep what AdamW keeps
+    with pytest.raises(ValueError, match=r"^the checkpoint's optimizer is of another kind.*--opt") as caught:
+        optim.load_state(build(model, now), copy.deepcopy(state), model, list(model.state_dict()),
+                         "adamw" if said_by == "options" else None)
+    assert "\n" not in str(caught.value)
+
+
+def spoil(state, what):
+    first = next(iter(state["state"].values()))
+    if what == "shape":
+        first["exp_avg"] = first["exp_avg"].flatten()[:-1]
+    elif what == "transposed":
+        first = next(entry for entry in state["state"].values() if entry["exp_avg"].shape == (16, 8))
+        first["exp_avg_sq"] = first["exp_avg_sq"].t().contiguous()
+    elif what == "text":
+        first["exp_avg"] = "moments"
+    elif what == "step":
+        first["step"] = torch.ones(3)
+    elif what == "no groups":
+        del state["param_groups"]
+    elif what == "empty groups":
+        state["param_groups"] = []
+    elif what == "groups of text":
+        state["param_groups"] = ["a", "b"]
+    elif what == "no state":
+        state["state"] = None
+    elif what == "fewer":
+        state["param_groups"][0]["params"].pop()
+        state["param_groups"][0]["param_names"].pop()
+    elif what == "other names":
+        state["param_groups"][0]["param_names"][0] = "x"
+    return state
+
+
+@pytest.mark.parametrize("what, said", [
+    ("shape", "does not fit the model: of 0.bias, its shape is (7,), not (8,)"), ("transposed", "its shape is (8, 16), not (16, 8)"),
+    ("text", "of 0.bias, it is a str"), ("step", "of 0.bias, its shape is (3,), not ()"),
+    ("no groups", "is not one that torch writes"), ("empty groups", "is not one that torch writes"),
+    ("groups of text", "is not one that torch writes"), ("no state", "is not one that torch writes"),
+    ("fewer", "has other parameters: was it another model? It has 9, and the model 10"), ("other names", "has other parameters")])
+def test_a_state_that_does_not_fit_is_one_line_and_changes_nothing(what, said):
+    model = small()
+    optimizer = build(model)
+    train(model, optimizer, 1, seed=1)
+    state = spoil(copy.deepcopy(optim.portable_state(optimizer, model)), what)
+    fresh = build(model)
+    with pytest.raises(ValueError) as caught:
+        optim.load_state(fresh, state, model, list(model.state_dict()))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert not fresh.state
