@@ -427,6 +427,7 @@ def raised_here(error):
 def run(argv=None):
     """main with errors turned into an exit status."""
     args = options.parse(argv)
+    utils.print_any_name()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main(args)

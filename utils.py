@@ -95,6 +95,13 @@ class MetricLogger:
                   f"fps:{self.fps():.2f}", flush=True)
 
 
+def print_any_name():
+    """Names of files and classes may hold characters that the terminal's or the log's encoding lacks: they are escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def append_json(path, row):
     """One epoch, one line, on the disk before the checkpoint that counts on it."""
     with open(path, "a") as file:
@@ -103,19 +110,27 @@ def append_json(path, row):
         os.fsync(file.fileno())
 
 
+def log_rows(path):
+    """The lines of a log.txt, as bytes, each with its row: a dict with an epoch, None for a line that is torn or no row."""
+    found = []
+    for line in Path(path).read_bytes().splitlines():
+        try:
+            row = json.loads(line.decode("utf-8-sig"))  # bytes would be guessed to be UTF-16
+        except (ValueError, RecursionError):
+            row = None
+        good = isinstance(row, dict) and type(row.get("epoch")) is int and 0 <= row["epoch"] < 10**6
+        found.append((line, row if good else None))
+    return found
+
+
 def keep_epochs_before(path, epoch):
-    """Drop the rows of `epoch` and later, and a half-written line: a resumed run writes them again."""
+    """Drop the rows of `epoch` and later, and a half-written last line: a resumed run writes them again. Other lines stay."""
     path = Path(path)
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["epoch"] < epoch:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.writelines(kept)
+    lines = log_rows(path)
+    kept = [line for i, (line, row) in enumerate(lines) if (row["epoch"] < epoch if row else i + 1 < len(lines))]
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.writelines(line + b"\n" for line in kept)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)

@@ -1,9 +1,13 @@
 """Pictures of a run: the curves of log.txt, and what the saved weights say of validation images."""
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
+import warnings
 
+import matplotlib.pyplot as plt
 import pytest
 import timm
 import torch
@@ -13,6 +17,7 @@ import checkpoint
 import datasets
 import main
 import report
+import utils
 from datasets import write_shards
 
 MODEL = "test_convnext"
@@ -47,9 +52,9 @@ def shown(monkeypatch):
     """Collects what is drawn as predictions: (shown, classes); the picture is drawn as well."""
     found, draw = [], report.draw_predictions
 
-    def watch(shown, classes, path, *args):
+    def watch(shown, classes, *args, **kwargs):
         found.append((shown, classes))
-        draw(shown, classes, path, *args)
+        draw(shown, classes, *args, **kwargs)
 
     monkeypatch.setattr(report, "draw_predictions", watch)
     return found
@@ -63,8 +68,9 @@ def command(monkeypatch, capsys):
         try:
             runpy.run_path(report.__file__, run_name="__main__")
         except SystemExit as stop:
-            assert isinstance(stop.code, str) and len(stop.code.splitlines()) == 1
-            return stop.code
+            said = capsys.readouterr().err.removesuffix("\n")
+            assert stop.code == 2 and len(said.splitlines()) == 1
+            return said
         return capsys.readouterr().out
     return start
 
@@ -218,3 +224,121 @@ def test_some_wrong_answers_come_first_and_right_ones_fill_the_grid(count, wrong
 def test_the_log_is_read_row_by_row(tmp_path):
     (tmp_path / "log.txt").write_text("\n".join(json.dumps({"epoch": epoch}) for epoch in range(3)) + "\n\n")
     assert [row["epoch"] for row in report.read_log(tmp_path / "log.txt")] == [0, 1, 2]
+
+
+# ---- logs as crashes and other programs leave them ----
+
+ROWS = [json.dumps({"epoch": epoch, "train_loss": 2.0 - epoch, "test_acc1": 10.0 * epoch, "max_acc1": 10.0 * epoch}) for epoch in range(3)]
+
+
+@pytest.mark.parametrize("text, epochs, note", [
+    ("\n".join(ROWS) + '\n{"epoch": 3, "train_l', [0, 1, 2], "1 of 4 lines are no epochs and left out, the first is line 4"),
+    (f"{ROWS[0]}\n7\n{ROWS[2]}\n", [0, 2], "1 of 3 lines are no epochs and left out, the first is line 2"),
+    (f"[]\n{ROWS[0]}\nnull\n{{}}\n", [0], "3 of 4 lines are no epochs and left out, the first is line 1"),
+    (b"caf\xe9\n" + ROWS[0].encode(), [0], "1 of 2 lines"), (f"\ufeff{ROWS[0]}\r\n", [0], None),
+    ("[" * 10**5 + f"\n{ROWS[1]}\n", [1], "1 of 2"),
+    ('{"epoch": true}\n{"epoch": -1}\n{"epoch": "1"}\n{"epoch": 1e400}\n' + ROWS[0], [0], "4 of 5 lines")])
+def test_lines_that_are_no_epochs_are_left_out_and_said(tmp_path, text, epochs, note):
+    (tmp_path / "log.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    said = []
+    rows = report.read_log(tmp_path / "log.txt", said.append)
+    assert [row["epoch"] for row in rows] == epochs and len(said) == (note is not None) and (note or "") in "".join(said)
+    report.draw_curves(rows, tmp_path / "curves.png")
+    assert_is_picture(tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize("data", [b"7\n", b"\xff\xfe\x00", "\n".join(ROWS).encode("utf-16"), b"caf\xe9\n", b"null"])
+def test_a_log_without_epochs_is_one_line(copy, command, data):
+    (copy / "log.txt").write_bytes(data)
+    said = f"error: cannot read {copy}/log.txt (line 1 is not a run's JSON): give the --output_dir of a run"
+    assert command(copy, "--device=cpu") == said
+
+
+def test_values_that_are_no_finite_numbers_are_not_drawn(tmp_path):
+    odd = [None, "3", [1], True, float("nan"), float("inf"), 10**400, -1e308]
+    assert [report.number({"x": value}, "x") for value in odd] == [None] * 8 and report.number({"x": 3}, "x") == 3.0
+    report.draw_curves([{"epoch": i, "train_loss": value, "max_acc1": value, "train_lr": value} for i, value in enumerate(odd)],
+                       tmp_path / "curves.png")
+    assert_is_picture(tmp_path / "curves.png")
+
+
+def test_a_resumed_run_keeps_a_log_that_is_no_utf_8(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_bytes(b"caf\xe9 7\n7\n" + "\n".join(ROWS).encode() + b'\n{"epoch": 3, "tr')
+    utils.keep_epochs_before(path, 2)
+    assert path.read_bytes() == b"caf\xe9 7\n7\n" + "\n".join(ROWS[:2]).encode() + b"\n"
+
+
+# ---- how many images, and of which classes ----
+
+@pytest.mark.parametrize("count", [-3, 0, 1001])
+def test_a_number_of_images_that_cannot_be_is_one_line(copy, command, count):
+    assert command(copy, "--device=cpu", f"--images={count}") == f"error: --images is {count}, and must be from 1 to 1000"
+
+
+def drawn(classes, path, **kwargs):
+    """What stands over the pictures of one wrong and one right answer, and what was said."""
+    titles, said, setter = [], [], plt.Axes.set_title
+
+    def watch(axis, text, **style):
+        titles.append((text, style))
+        return setter(axis, text, **style)
+
+    image = torch.rand(3, 8, 8)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")  # "Glyph 20154 missing from font(s) DejaVu Sans" is a box in the picture
+        patch.setattr(plt.Axes, "set_title", watch)
+        report.draw_predictions([(image, 0, 1, 0.5), (image, 1, 1, 0.75)], classes, path, torch.zeros(3, 1, 1), torch.ones(3, 1, 1),
+                                say=said.append, **kwargs)
+    assert_is_picture(path)
+    return [text for text, _ in titles], said
+
+
+@pytest.mark.parametrize("classes, expected", [
+    (["a$b", "$\\frac$"], ["$\\frac$, is a$b", "$\\frac$ 75 %"]), (["a\nb", "\udcff"], ["\\udcff, is a\\nb", "\\udcff 75 %"]),
+    (["cafe\u0301", "\u202eevil"], ["\\u202eevil, is caf\u00e9", "\\u202eevil 75 %"]),
+    (["x" * 200, "b"], ["b, is " + "x" * 23 + "\u2026", "b 75 %"])])
+def test_names_are_written_as_they_are(tmp_path, classes, expected):
+    assert drawn(classes, tmp_path / "p.png") == (expected, [])
+
+
+def test_names_that_no_font_can_draw_become_numbers_and_are_said(tmp_path, monkeypatch):
+    own = [font for font in report.font_manager.fontManager.ttflist if font.name == report.OWN_FONT]
+    monkeypatch.setattr(report.font_manager.fontManager, "ttflist", own)
+    found, (note,) = drawn(["\u732b", "dog"], tmp_path / "p.png")
+    assert found == ["dog, is class 0", "dog 75 %"]
+    assert note.startswith("note: no installed font has all characters of 1 class names, so numbers stand for them: 0 is \u732b; install")
+
+
+def test_an_installed_font_draws_what_the_own_one_cannot(tmp_path):
+    """The character is looked up in the fonts that matplotlib brings: some have what DejaVu Sans has not."""
+    fonts = report.font_manager.fontManager.ttflist
+    own, other = (report.ft2font.FT2Font(next(font.fname for font in fonts if font.name == name)).get_charmap()
+                  for name in (report.OWN_FONT, "STIXGeneral"))
+    character = next(chr(code) for code in sorted(set(other) - set(own)) if chr(code).isprintable())
+    families, missing = report.fonts_for(f"cat {character}")
+    assert families[0] == report.OWN_FONT and len(families) == 2 and not missing
+    assert drawn([character, "dog"], tmp_path / "p.png") == ([f"dog, is {character}", "dog 75 %"], [])
+
+
+def test_the_normalisation_is_the_transforms_own():
+    transform = datasets.build_transform(False, input_size=32)
+    pixels = torch.rand(3, 5, 5)
+    mean, std = report.normalisation(transform)
+    assert torch.allclose(transform.transforms[-1](pixels) * std + mean, pixels, atol=1e-6)
+
+
+def test_names_that_the_log_cannot_encode_are_escaped(copy, tmp_path):
+    """A terminal of another encoding, a note with a name of it."""
+    (copy / "log.txt").write_bytes((copy / "log.txt").read_bytes() + b"7\n")
+    moved = shutil.move(copy, tmp_path / "\u732b")
+    done = subprocess.run([sys.executable, report.__file__, moved, "--device=cpu"], capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and b"\\u732b/log.txt: 1 of 3 lines" in done.stdout and done.stdout.endswith(b"predictions.png\n")
+
+
+def test_options_that_are_no_dict_are_one_line(copy, command):
+    content = checkpoint.read(copy / "checkpoint_best.pth")
+    for options in (3, ["a"], None):
+        checkpoint.save(copy / "checkpoint_best.pth", **{**content, "options": options})
+        assert " does not say with which options it was trained: " in command(copy, "--device=cpu")
