@@ -111,14 +111,16 @@ def outputs(state, head="head"):
 def adapt_head(model, state, head="head", anew=False):
     """`state` without a head of another number of classes; the model's own, freshly initialised, takes its place.
 
-    anew: also where the number fits. -> (state to load, number of classes in the file, or None where the head stays)
+    head: its name, or the names of several (of labels and of a teacher): they change together. anew: also where the number fits.
+    -> (state to load, number of classes in the file, or None where the head stays)
     """
-    own = model.state_dict()
-    key = f"{head}.weight"
-    if key not in state or key not in own or (state[key].shape == own[key].shape and not anew):
+    own, heads = model.state_dict(), (head,) if isinstance(head, str) else tuple(head)
+    keys = [key for name in heads if (key := f"{name}.weight") in own and key in state]
+    if not keys or not (anew or any(state[key].shape != own[key].shape for key in keys)):
         return state, None
-    fresh = {k: v for k, v in own.items() if k.startswith(f"{head}.")}
-    return {**{k: v for k, v in state.items() if not k.startswith(f"{head}.")}, **fresh}, state[key].shape[0]
+    of_heads = tuple(f"{name}." for name in heads)
+    fresh = {k: v for k, v in own.items() if k.startswith(of_heads)}
+    return {**{k: v for k, v in state.items() if not k.startswith(of_heads)}, **fresh}, state[keys[0]].shape[0]
 
 
 def find_newest(folder):

@@ -41,7 +41,7 @@ class DistillationLoss(nn.Module):
 
     def forward(self, inputs, outputs, labels):
         """images (B, 3, height, width), student outputs, targets -> scalar"""
-        outputs, learned = outputs if isinstance(outputs, tuple) else (outputs, outputs)
+        outputs, learned = outputs if isinstance(outputs, (tuple, list)) else (outputs, outputs)
         base = self.base_criterion(outputs, labels)
         if self.distillation_type == "none":
             return base
@@ -55,3 +55,22 @@ class DistillationLoss(nn.Module):
         else:
             distance = F.cross_entropy(learned, teacher.argmax(dim=1))
         return base * (1 - self.alpha) + distance * self.alpha
+
+
+class Teacher(nn.Module):
+    """A network that is shown a student's images (B, 3, height, width) as its own weights want them: its size, mean and std.
+
+    size: the side of its images. own, student: transforms.Preprocessing. Nothing waits for the device.
+    """
+
+    def __init__(self, net, size, own, student):
+        super().__init__()
+        self.net, self.size, self.same = net, size, (own.mean, own.std) == (student.mean, student.std)
+        mean, std, own_mean, own_std = (torch.tensor(x).view(1, 3, 1, 1) for x in (student.mean, student.std, own.mean, own.std))
+        self.register_buffer("scale", std / own_std, persistent=False)
+        self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
+
+    def forward(self, images):
+        if images.shape[-2:] != (self.size, self.size):
+            images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
+        return self.net(images if self.same else images * self.scale + self.shift)

@@ -27,7 +27,6 @@ try:
 except ImportError as import_error:
     sys.exit(f"error: {import_error}")
 
-import timm
 import torch
 import torch.distributed as dist
 from timm.utils import ModelEmaV3
@@ -36,42 +35,24 @@ import checkpoint
 import datasets
 import decode
 import engine
-import gvt  # noqa: F401  registers the models
 import labels
 import loaders
 import losses
+import networks
 import optim
 import transforms
 import utils
 from state import State
 
 
-def build_model(args, num_classes):
-    create = partial(timm.create_model, args.model, pretrained=args.pretrained, num_classes=num_classes, drop_rate=args.drop,
-                     drop_path_rate=args.drop_path)
-    try:
-        if args.model in options.MODELS:
-            model = create(fused_attn=args.attn == "fused", mask_padding=args.window_padding == "mask")
-        else:
-            try:
-                model = create(img_size=args.input_size)
-            except TypeError:  # models that fit any size do not ask for it
-                model = create()
-    except RuntimeError as error:
-        if "Unknown model" not in str(error):
-            raise ValueError(str(error)) from error
-        raise ValueError(f"--model {args.model}: no such model: one of {', '.join(options.MODELS)}, or one of "
-                         "timm.list_models()") from error
-    except TypeError as error:
-        raise ValueError(f"--model {args.model}: {error}: this model of timm's does not train with these options") from error
-    except Exception as error:
-        if not args.pretrained or isinstance(error, ValueError):
-            raise
-        raise ValueError(f"--pretrained: cannot fetch the weights of {args.model} ({checkpoint.first_line(error)}): check the "
-                         "network, or give a file as --finetune") from error
-    if args.grad_checkpointing:
-        model.set_grad_checkpointing()
-    return model
+def build_model(args, num_classes, say=lambda *_: None):
+    ours = dict(fused_attn=args.attn == "fused", mask_padding=args.window_padding == "mask") if networks.is_ours(args.model) else {}
+    net, notes = networks.create(
+        args.model, num_classes, args.input_size, pretrained=args.pretrained, drop=args.drop, drop_path=args.drop_path,
+        grad_checkpointing=args.grad_checkpointing, distilled=args.distillation_type != "none", **ours)
+    for note in notes:
+        say(f"note: {note}")
+    return net
 
 
 class Reordered(torch.nn.Module):
@@ -86,41 +67,44 @@ class Reordered(torch.nn.Module):
         return self.net(images).index_select(1, self.outputs)
 
 
-def build_teacher(args, classes, device, say):
-    """The teacher, with outputs in the order of `classes`, the student's. None without a distillation."""
+def build_teacher(args, classes, device, preprocessing, say):
+    """The teacher, with outputs in the order of `classes`, the student's; it is shown the student's images as its own weights
+    want them. None without a distillation."""
     if args.distillation_type == "none":
         return None
-    state, published = None, timm.get_pretrained_cfg(args.teacher_model)
-    if published is None:
-        raise ValueError(f"--teacher-model {args.teacher_model}: Unknown model ({args.teacher_model}): name a model of timm's, and "
-                         "its weights as --teacher-path FILE")
-    if args.teacher_path:
-        content = checkpoint.read(args.teacher_path)
-        state = checkpoint.model_state(content, args.teacher_path)
-        weights = labels.Weights(args.teacher_path, checkpoint.outputs(state, head_of(args.teacher_model)), labels.named_in(content))
+    name, path, state = args.teacher_model, args.teacher_path, None
+    config, content = networks.configuration(name, "--teacher-model"), checkpoint.read(path) if path else None
+    if path:
+        state = checkpoint.model_state(content, path)
+        weights = labels.Weights(path, checkpoint.outputs(state, networks.heads(config)[0]), labels.named_in(content))
     else:
-        weights = labels.Weights(f"--teacher-model {args.teacher_model}", getattr(published, "num_classes", None),
-                                 getattr(published, "label_names", None))
+        weights = labels.Weights(f"--teacher-model {name}", config.get("num_classes"), config.get("label_names"))
     numbering = labels.decide(classes, weights, use="teacher", stated=bool(args.class_map))
     for note in numbering.notes:
         say(f"note: {note}")
-    try:
-        teacher = timm.create_model(args.teacher_model, pretrained=not args.teacher_path, num_classes=len(numbering.names))
-    except Exception as error:
-        raise ValueError(f"--teacher-model {args.teacher_model}: {checkpoint.first_line(error)}: name a model of timm's, and "
-                         "its weights as --teacher-path FILE") from error
-    if state is not None:
-        checkpoint.load_weights(teacher, state, args.teacher_path)
+    size = networks.trained_size(config, content)
+    teacher, _ = networks.create(name, len(numbering.names), size, pretrained=not path, option="--teacher-model")
+    if path:
+        checkpoint.load_weights(teacher, state, path)
     outputs = numbering.of(classes)
     if len(numbering.names) != len(classes):
         outputs = [numbering.index[labels.normal(name)] for name in classes]
+    own = networks.preprocessing(name, size, content, published=not path)
+    say(f"The teacher sees {size} pixels, {own}")
+    teacher = losses.Teacher(teacher, size, own, preprocessing)
     return (teacher if outputs is None else Reordered(teacher, outputs)).to(device).eval()
 
 
-def build_data(args, ranks):
+def preprocessing_of(args, content):
+    """How images are prepared for this run's weights. content: of --finetune or --resume, None without."""
+    own = networks.preprocessing(args.model, args.input_size, content, args.pretrained)
+    return own.override(args.mean, args.std, args.crop_pct, args.interpolation)
+
+
+def build_data(args, ranks, preprocessing=transforms.TWINS):
     """-> training loader (None for an evaluation), validation loader, class names"""
     small = args.data_set in ("CIFAR", "CIFAR10") and args.input_size == 32
-    transform = partial(datasets.build_transform, input_size=args.input_size, native_size=small)
+    transform = partial(datasets.build_transform, input_size=args.input_size, native_size=small, preprocessing=preprocessing)
     train_transform = transform(
         is_train=True, color_jitter=args.color_jitter, auto_augment=args.aa, interpolation=args.train_interpolation,
         reprob=args.reprob, remode=args.remode, recount=args.recount, hflip=args.hflip, crop_scale=args.crop_scale)
@@ -147,20 +131,14 @@ def read_weights(args):
     return (checkpoint.read(path), path) if path else (None, None)
 
 
-def head_of(model_name):
-    """The module that classifies, as timm names it; of two heads the first."""
-    names = getattr(timm.get_pretrained_cfg(model_name), "classifier", None) or "head"
-    return names if isinstance(names, str) else names[0]
-
-
 def number_classes(args, dataset_list, classes, content, path):
     """Decide which output of the network each class is, and tell the data sets. -> labels.Numbering"""
-    weights = None
+    weights, config = None, networks.configuration(args.model)
     if path:
         state = checkpoint.model_state(content, path, ema=args.eval and args.model_ema)
-        weights = labels.Weights(str(path), checkpoint.outputs(state, head_of(args.model)), labels.named_in(content))
-    elif args.pretrained and (published := timm.get_pretrained_cfg(args.model)):
-        weights = labels.Weights(f"--pretrained {args.model}", published.num_classes, published.label_names)
+        weights = labels.Weights(str(path), checkpoint.outputs(state, networks.heads(config)[0]), labels.named_in(content))
+    elif args.pretrained:
+        weights = labels.Weights(f"--pretrained {args.model}", config.get("num_classes"), config.get("label_names"))
     use = ("evaluate" if args.eval else "measure" if args.throughout else
            "resume" if options.resume_file(args) else "finetune" if weights else "train")
     found = labels.decide(classes, weights, read_class_map(args), use)
@@ -175,7 +153,8 @@ def load_weights(args, net, content, path, numbering, say):
     Only --resume goes on; --finetune takes weights, and gives other classes a new head.
     """
     if options.finetune_file(args):
-        state, _ = checkpoint.adapt_head(net, checkpoint.model_state(content, path), head_of(args.model), anew=numbering.fresh)
+        heads = networks.heads(networks.configuration(args.model))
+        state, _ = checkpoint.adapt_head(net, checkpoint.model_state(content, path), heads, anew=numbering.fresh)
         checkpoint.load_weights(net, state, path)
         say(f"Fine-tuning from {path}")
         return None, None
@@ -246,9 +225,9 @@ def global_batch(args, ranks):
     return args.batch_size * ranks.world_size * args.accum_steps
 
 
-def build_epoch(args, ranks, run, train_loader, classes, say):
+def build_epoch(args, ranks, run, train_loader, classes, preprocessing, say):
     """-> train_epoch(epoch, max_steps): train_one_epoch with all that stays the same"""
-    criterion = losses.DistillationLoss(losses.Criterion(args.smoothing), build_teacher(args, classes, ranks.device, say),
+    criterion = losses.DistillationLoss(losses.Criterion(args.smoothing), build_teacher(args, classes, ranks.device, preprocessing, say),
                                         args.distillation_type, args.distillation_alpha, args.distillation_tau)
     model = torch.compile(run.net) if args.compile else run.net
     if ranks.world_size > 1:
@@ -291,7 +270,7 @@ def save_epoch(folder, row, content, improved):
     checkpoint.save(folder / checkpoint.LAST, **content)
 
 
-def recipe(args, ranks, precision, peak_lr, optimizer, schedule, net, train_loader, start_epoch):
+def recipe(args, ranks, precision, peak_lr, optimizer, schedule, net, train_loader, start_epoch, preprocessing):
     """What this run does, as it is really used, and what of it is hardly meant."""
     per_step, iterations = args.batch_size * ranks.world_size, len(train_loader)
     end = min(args.epochs, start_epoch + math.ceil(args.max_step / iterations)) if args.max_step else args.epochs
@@ -302,6 +281,7 @@ def recipe(args, ranks, precision, peak_lr, optimizer, schedule, net, train_load
         "Recipe",
         f"  model          {args.model}, {sum(p.numel() for p in net.parameters()):,} parameters, {net.num_classes} classes, "
         f"{args.input_size} pixels",
+        f"  images         {preprocessing}",
         f"  device         {devices.describe(ranks.device)}, world size {ranks.world_size}",
         f"  precision      {precision.name}",
         f"  global batch   {per_step * args.accum_steps} = {args.batch_size} x {ranks.world_size} ranks x "
@@ -330,12 +310,15 @@ def main(args):
     for note in options.notes(args, device.type):
         say(f"note: {note}")
 
-    train_loader, val_loader, classes = build_data(args, ranks)
     content, path = read_weights(args)
+    preprocessing = preprocessing_of(args, content)
+    if preprocessing != transforms.TWINS:
+        say(f"note: images are prepared as these weights want them: {preprocessing}")
+    train_loader, val_loader, classes = build_data(args, ranks, preprocessing)
     numbering = number_classes(args, [loader.dataset for loader in (train_loader, val_loader) if loader], classes, content, path)
     for note in numbering.notes:
         say(f"note: {note}")
-    net = build_model(args, len(numbering.names))
+    net = build_model(args, len(numbering.names), say)
     saved, saved_path = load_weights(args, net, content, path, numbering, say)
     net.to(device)
     devices.seed_everything(args.seed + ranks.rank)  # other drop paths and mixtures on each rank
@@ -356,22 +339,22 @@ def main(args):
         run.load_state_dict(saved, saved_path)
         if args.sched == "plateau":
             say(f"plateau goes on at {run.optimizer.param_groups[0]['lr']:g}")
-    train_epoch = build_epoch(args, ranks, run, train_loader, numbering.names, say)
+    train_epoch = build_epoch(args, ranks, run, train_loader, numbering.names, preprocessing, say)
     folder = Path(args.output_dir) if args.output_dir and ranks.is_main else None
     moved = all_agree(ranks, lambda: prepare_output(folder, args, saved_path, run.epoch + 1) if folder else [])
     if moved:
         say(f"An earlier run's files in {folder} are now {', '.join(moved)}")
-    say(recipe(args, ranks, precision, peak_lr, run.optimizer, run.schedule, run.net, train_loader, run.epoch + 1))
+    say(recipe(args, ranks, precision, peak_lr, run.optimizer, run.schedule, run.net, train_loader, run.epoch + 1, preprocessing))
     if folder and saved and checkpoint.epoch_of(folder / checkpoint.LAST) < saved["epoch"]:  # its last save had failed
         checkpoint.save(folder / checkpoint.LAST, **saved)
     if run.epoch + 1 >= args.epochs:
         say(f"Nothing to train: epoch {run.epoch + 1} of {args.epochs} is next (--epochs)")
     started = time.perf_counter()
-    train(args, ranks, run, train_epoch, partial(test_epoch, run, evaluate, val_loader, say), folder, numbering.names)
+    train(args, ranks, run, train_epoch, partial(test_epoch, run, evaluate, val_loader, say), folder, numbering.names, preprocessing)
     say(f"Training time {timedelta(seconds=int(time.perf_counter() - started))}")
 
 
-def train(args, ranks, run, train_epoch, test, folder, classes):
+def train(args, ranks, run, train_epoch, test, folder, classes, preprocessing):
     """The epochs that are left: train, test, save. folder: of checkpoints and log.txt, or None"""
     steps_left = args.max_step
     for epoch in range(run.epoch + 1, args.epochs):
@@ -388,7 +371,8 @@ def train(args, ranks, run, train_epoch, test, folder, classes):
                 "epoch": epoch, "n_parameters": sum(p.numel() for p in run.net.parameters() if p.requires_grad), **tests,
                 "max_acc1": max(run.best, 0.0), "fps": stats["fps"], "steps": stats["steps"], "world_size": ranks.world_size,
                 "global_batch": global_batch(args, ranks), "epoch_seconds": time.perf_counter() - started}
-            save_epoch(folder, row, dict(run.state_dict(), options=vars(args), classes=classes), improved)
+            save_epoch(folder, row, dict(run.state_dict(), options=vars(args), classes=classes,
+                                         preprocessing=preprocessing.save()), improved)
         if last:
             break
 

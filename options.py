@@ -93,7 +93,11 @@ OPTIONS = {
     "Augmentation": [
         ("--color-jitter",         0.4,             float, None,                "deit",  "colour jitter, where --aa is off"),
         ("--aa",                   "rand-m9-mstd0.5-inc1", str, None,           "deit",  "auto-augment policy; none: off"),
-        ("--train-interpolation",  "bicubic",       str,   ("random", "bilinear", "bicubic"), "deit", "of the random crop"),
+        ("--mean",                 None,            floats, "red green blue, 0..1", "timm", "mean of the pixels; the default is the weights' own, and Twins' without weights"),
+        ("--std",                  None,            floats, "red green blue, 0..1", "timm", "their standard deviation; as --mean"),
+        ("--interpolation",        None,            str,   ("bilinear", "bicubic"), "timm", "of evaluated images; as --mean"),
+        ("--crop-pct",             None,            float, "of the side",       "timm",  "the middle of an image that is evaluated; as --mean (Twins': 0.875)"),
+        ("--train-interpolation",  None,            str,   ("random", "bilinear", "bicubic"), "deit", "of the random crop; the default is the weights' own (Twins': bicubic)"),
         ("--smoothing",            0.1,             float, "probability",       "deit",  "label smoothing"),
         ("--repeated-aug",         False,           SWITCH, None,               "deit",  "three augmented copies of a third of the images an epoch"),
         ("--reprob",               0.25,            float, "probability",       "deit",  "random erasing"),
@@ -220,6 +224,12 @@ def check(args):
         pair = getattr(args, name)
         if pair is not None and not (len(pair) == 2 and 0 <= pair[0] <= pair[1] <= 1 and pair[1] > 0):
             raise ValueError(f"--{name.replace('_', '-')} takes two numbers between 0 and 1, the smaller first: 0.2 0.8")
+    for name in ("mean", "std"):
+        value = getattr(args, name)
+        if value is not None and not (len(value) == 3 and all((x > 0 or name == "mean") and 0 <= x <= 1 for x in value)):
+            raise ValueError(f"--{name} takes three numbers between 0 and 1, of red, green and blue: 0.5 0.5 0.5")
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        raise ValueError(f"--crop-pct is {args.crop_pct}, and must be more than 0 and at most 1")
     if args.sched == "plateau" and args.no_eval:
         raise ValueError("--sched plateau follows the accuracy: it needs evaluations, not --no-eval")
     if mixes(args) and args.batch_size % 2 and not (args.eval or args.throughout):
@@ -265,7 +275,7 @@ def notes(args, device_type=None):
         idle(["momentum"], f"{args.opt} has no momentum of this kind (betas: --opt-betas)")
     if any(word in args.opt.lower() for word in NO_EPSILON) and not args.opt.lower().endswith("sgdp"):
         idle(["opt_eps"], f"{args.opt} has no epsilon, or one of its own")
-    if args.model not in MODELS:
+    if args.model.partition(".")[0] not in MODELS:
         idle(["attn", "window_padding"], f"{args.model} is timm's")
     elif args.model.startswith("pcpvt"):
         idle(["window_padding"], f"{args.model} has no windows")
@@ -276,7 +286,7 @@ def notes(args, device_type=None):
     if args.sched in ("constant", "step"):
         idle(["min_lr"], f"the {args.sched} schedule has no floor")
     if args.data_set in ("CIFAR", "CIFAR10") and args.input_size == 32:
-        idle(["crop_scale", "train_interpolation"], "CIFAR at 32 pixels is padded and cropped, never resized")
+        idle(["crop_scale", "train_interpolation", "interpolation", "crop_pct"], "CIFAR at 32 pixels is padded and cropped, never resized")
     if resume_file(args):
         idle(["start_epoch"], "a checkpoint that can be resumed says where to go on")
     if args.sched not in ("step", "plateau", "poly"):

@@ -1,26 +1,87 @@
 """What does the model see of an image? Augmentation, normalisation, and the mixing of batches."""
+import math
+from dataclasses import asdict, dataclass, fields, replace
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform, resolve_data_config
 from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
 from torchvision import transforms
-from torchvision.transforms import InterpolationMode
+
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
+CROP_MODES = ("center", "squash", "border")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What weights expect of their images, in the words of timm's pretrained_cfg. The defaults are Twins' own.
+
+    mean, std: of red, green and blue in 0..1. crop_pct: the side of the evaluated part, of the resized image.
+    """
+    mean: tuple = IMAGENET_DEFAULT_MEAN
+    std: tuple = IMAGENET_DEFAULT_STD
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
+
+    @classmethod
+    def published(cls, config, input_size):
+        """Of timm's published weights. Some are evaluated at another size than they were trained at, and then cropped otherwise."""
+        sides = [(config.get(key) or (0,))[-1] for key in ("input_size", "test_input_size")]
+        found = resolve_data_config(pretrained_cfg=config or {"num_classes": 1000},
+                                    use_test_size=input_size == sides[1] and input_size != sides[0])
+        return cls.load({field.name: found[field.name] for field in fields(cls)})
+
+    @classmethod
+    def load(cls, saved):
+        """What `save` gave. Raises ValueError for anything else: a checkpoint may be anybody's."""
+        try:
+            found = cls(**{**saved, "mean": tuple(map(float, saved["mean"])), "std": tuple(map(float, saved["std"])),
+                           "crop_pct": float(saved["crop_pct"])})
+            numbers = (*found.mean, *found.std, found.crop_pct)
+            right = (len(found.mean) == len(found.std) == 3 and all(map(math.isfinite, numbers)) and min(found.std) > 0
+                     and found.crop_pct > 0 and found.crop_mode in CROP_MODES and found.interpolation in INTERPOLATIONS)
+        except (TypeError, KeyError, ValueError, AttributeError):
+            right = False
+        if not right:
+            raise ValueError(f"the checkpoint's preprocessing is {str(saved)[:100]!r}: expected mean, std, crop_pct, crop_mode and "
+                             "interpolation of images with three channels: give them as options, and remove it from the file")
+        return found
+
+    def save(self):
+        return asdict(self)
+
+    def override(self, mean=None, std=None, crop_pct=None, interpolation=None):
+        """The same but for what a user says."""
+        said = dict(mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
+        return replace(self, **{key: value for key, value in said.items() if value is not None})
+
+    def __str__(self):
+        mean, std = (" ".join(f"{x:.4g}" for x in values) for values in (self.mean, self.std))
+        mode = "" if self.crop_mode == "center" else f" ({self.crop_mode})"
+        return f"mean {mean}, std {std}, {self.interpolation}, crop {self.crop_pct:g}{mode}"
+
+
+TWINS = Preprocessing()
 
 
 def build_transform(is_train, input_size=224, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1",
-                    interpolation="bicubic", reprob=0.25, remode="pixel", recount=1, hflip=0.5, crop_scale=(0.08, 1.0),
-                    native_size=False):
+                    interpolation=None, reprob=0.25, remode="pixel", recount=1, hflip=0.5, crop_scale=(0.08, 1.0),
+                    native_size=False, preprocessing=TWINS):
     """PIL image -> normalised (3, input_size, input_size), as DeiT trains and evaluates.
 
-    native_size: the images already have the input's size (CIFAR at 32): padded random crops, and no resizing.
+    interpolation: of the random crop; None: the weights'. native_size: the images already have the input's size (CIFAR at
+    32): padded random crops, and no resizing.
     """
+    normalisation = dict(mean=preprocessing.mean, std=preprocessing.std)
     if is_train:
         try:
             transform = create_transform(
-                input_size, is_training=True, color_jitter=color_jitter, interpolation=interpolation, re_prob=reprob,
+                input_size, is_training=True, color_jitter=color_jitter,
+                interpolation=interpolation or preprocessing.interpolation, re_prob=reprob,
                 auto_augment=None if auto_augment in (None, "", "none") else auto_augment, re_mode=remode,
-                re_count=recount, hflip=hflip, scale=tuple(crop_scale))
+                re_count=recount, hflip=hflip, scale=tuple(crop_scale), **normalisation)
         except (AssertionError, ValueError, KeyError) as error:
             raise ValueError(f"--aa {auto_augment}: timm does not know this policy ({error!r}): "
                              "rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original, v0 or none") from error
@@ -30,10 +91,10 @@ def build_transform(is_train, input_size=224, color_jitter=0.4, auto_augment="ra
         if native_size:
             transform.transforms[0] = transforms.RandomCrop(input_size, padding=4)
         return transform
-    resize = [] if native_size else [transforms.Resize(int(256 / 224 * input_size), InterpolationMode.BICUBIC),
-                                     transforms.CenterCrop(input_size)]
-    return transforms.Compose([*resize, transforms.ToTensor(),
-                               transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+    if native_size:
+        return transforms.Compose([transforms.ToTensor(), transforms.Normalize(**normalisation)])
+    return create_transform(input_size, crop_pct=preprocessing.crop_pct, crop_mode=preprocessing.crop_mode,
+                            interpolation=preprocessing.interpolation, **normalisation)
 
 
 def augment_operators(transform):

@@ -881,7 +881,7 @@ MISTAKES = {  # kind: words, a regular expression of the message; DATA, RUN and 
     "unwritable folder": ("--output_dir FILE/run", r"--output_dir FILE/run cannot be written \(Not a directory\): choose another folder"),
     "missing teacher": ("--distillation-type soft --teacher-model alt_gvt_small --teacher-path RUN/t.pth", r"no checkpoint RUN/t.pth: .*"),
     "wrong teacher": ("--distillation-type soft --teacher-model resnet --teacher-path RUN/t.pth",
-                      r"--teacher-model resnet: Unknown model \(resnet\): .*"),
+                      r"--teacher-model resnet: no such model: .*"),
     "no apex": ("--amp apex", r"--amp apex: .*: install Ascend's apex, or go on without it: --amp auto"),
     "wrong optimizer": ("--opt adamww", r"--opt adamww: .*\btimm\b.*"),
     "NPU's optimizer": ("--opt npufusedadamw", r"--opt npufusedadamw runs on an NPU, not on cpu: use --opt adamw"),

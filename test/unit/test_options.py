@@ -24,7 +24,7 @@ DEFAULTS = dict(
     batch_size=64, epochs=300, input_size=224, drop=0.0, drop_path=0.1, opt="adamw", opt_eps=1e-8, opt_betas=None, clip_grad=5.0,
     momentum=0.9, weight_decay=0.05, sched="cosine", lr=5e-4, lr_noise=None, lr_noise_pct=0.67, lr_noise_std=1.0, warmup_lr=1e-6,
     min_lr=1e-5, decay_epochs=30, warmup_epochs=5, cooldown_epochs=10, patience_epochs=10, decay_rate=0.1, color_jitter=0.4,
-    aa="rand-m9-mstd0.5-inc1", smoothing=0.1, train_interpolation="bicubic", repeated_aug=False, reprob=0.25, remode="pixel", recount=1,
+    aa="rand-m9-mstd0.5-inc1", smoothing=0.1, train_interpolation=None, repeated_aug=False, reprob=0.25, remode="pixel", recount=1,
     resplit=False, mixup=0.8, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode="batch", finetune="",
     data_set="IMNET", use_mcloader=False, inat_category="name", output_dir="", seed=0, resume="", start_epoch=0, eval=False,
     dist_eval=False, num_workers=10, pin_mem=True, world_size=1, dist_url="env://", throughout=False)

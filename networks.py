@@ -1,0 +1,134 @@
+"""Which network is meant? Ours and timm's by name: what they are built with, how their images are prepared, their heads."""
+import re
+
+import timm
+import torch
+
+import gvt  # noqa: F401  registers the models
+import transforms
+from checkpoint import first_line
+from options import MODELS
+
+
+def is_ours(name):
+    return name.partition(".")[0] in MODELS
+
+
+def configuration(name, option="--model"):
+    """timm's pretrained_cfg of a model in its registry, NAME or NAME.TAG. Raises ValueError.
+
+    A name of timm's may also be a place (hf-hub:, local-dir:), whose code and files nobody has looked at: never that.
+    """
+    if any(sign in name for sign in "/\\:"):
+        bare = re.split(r"[/\\:]", name)[-1]
+        remedy = f"name it {bare}" if bare and timm.is_model(bare) else "name one of timm.list_models(), and give its weights as a file"
+        raise ValueError(f"{option} {name}: models are taken by name, not from a hub or a folder: {remedy}")
+    if not timm.is_model(name):
+        raise ValueError(f"{option} {name}: no such model: one of {', '.join(MODELS)}, or one of timm.list_models()")
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise ValueError(f"{option} {name}: {first_line(error)} See timm.list_pretrained()") from error
+    return config.to_dict() if config else {}
+
+
+def own_size(config):
+    """The side of the images that published weights were trained on."""
+    return (config.get("input_size") or (3, 224, 224))[-1]
+
+
+def trained_size(config, content=None):
+    """The side of the images that a teacher's weights were trained on: as our checkpoint says, else as timm publishes the model."""
+    said = content.get("options") if isinstance(content, dict) else None
+    size = said.get("input_size") if isinstance(said, dict) else None
+    return size if isinstance(size, int) and size > 0 else own_size(config)
+
+
+def heads(config):
+    """The modules that classify, as timm names them: of two the one of the labels first."""
+    names = config.get("classifier") or "head"
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def create(name, num_classes, input_size, *, pretrained=False, drop=0.0, drop_path=0.0, grad_checkpointing=False, distilled=False,
+           option="--model", **ours):
+    """-> network, notes: what it does not have of what was asked for. Raises ValueError where it cannot be trained so.
+
+    distilled: a network with two heads answers with both while it trains. ours: what only our models have.
+    """
+    config = configuration(name, option)
+    wanted = dict(drop_rate=drop, drop_path_rate=drop_path, **(ours if is_ours(name) else {"img_size": input_size}))
+    if pretrained and not (config.get("url") or config.get("hf_hub_id") or config.get("file")):
+        raise ValueError(f"{option} {name}: timm has no published weights of it: see timm.list_pretrained()")
+    lacks = []
+    while True:
+        try:
+            net = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **wanted)
+            break
+        except TypeError as error:  # each model has its own arguments
+            unknown = re.search(r"unexpected keyword argument\W+(?:s\W+)?(\w+)'", str(error))
+            if unknown is None or wanted.pop(unknown[1], None) is None:
+                raise ValueError(f"{option} {name}: {first_line(error)}: this model of timm's does not train here") from error
+            lacks.append(unknown[1])
+        except Exception as error:
+            if pretrained:
+                raise ValueError(f"{option} {name}: cannot fetch the published weights ({first_line(error)}): check the network, or "
+                                 "give them as a file") from error
+            raise ValueError(f"{option} {name}: it cannot be built for images of {input_size} pixels ({first_line(error)}): "
+                             f"its own size is --input-size {own_size(config)}") from error
+    notes = [f"--{word} {value} has no effect: {name} has none" for word, value, argument in (
+        ("drop", drop, "drop_rate"), ("drop-path", drop_path, "drop_path_rate")) if value and argument in lacks]
+    if grad_checkpointing:
+        try:
+            net.set_grad_checkpointing()
+        except (AssertionError, AttributeError, NotImplementedError) as error:
+            raise ValueError(f"--grad-checkpointing: {name} cannot recompute its blocks: train it without") from error
+    if distilled and hasattr(net, "set_distilled_training"):
+        net.set_distilled_training(True)
+    if not is_ours(name):
+        try_out(net, name, num_classes, input_size, grad_checkpointing, own_size(config), option)
+    return net, notes
+
+
+def try_out(net, name, num_classes, input_size, grad_checkpointing, own, option="--model"):
+    """One image through `net`, and back where blocks are recomputed: what does not fit ends here in one line."""
+    training, image = net.training, torch.zeros(1, 3, input_size, input_size)
+    net.eval()  # statistics stay as they are
+    try:
+        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(grad_checkpointing):
+            logits = net(image)
+            if grad_checkpointing:
+                logits.sum().backward()
+    except Exception as error:
+        fits = f"its own size is --input-size {own}" if own != input_size else "this model of timm's does not train here"
+        remedy = "train it without --grad-checkpointing" if grad_checkpointing and runs(net, image) else fits
+        raise ValueError(f"{option} {name} fails on an image of {input_size} pixels ({first_line(error)}): {remedy}") from error
+    net.zero_grad(set_to_none=True)
+    net.train(training)
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, num_classes):
+        given = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ValueError(f"{option} {name}: it gives {given} for an image, not logits of {num_classes} classes: it is no classifier")
+
+
+def runs(net, image):
+    net.set_grad_checkpointing(False)
+    try:
+        with torch.no_grad():
+            net(image)
+        return True
+    except Exception:
+        return False
+
+
+def preprocessing(name, input_size, content=None, published=False):
+    """How images are prepared for weights: as their checkpoint says, else as timm publishes the model; without weights as Twins.
+
+    content: the checkpoint, as read. published: timm's weights are taken. Our checkpoints that do not say it are of a time when
+    all were trained as Twins.
+    """
+    config, said = configuration(name), content if isinstance(content, dict) else {}
+    if "preprocessing" in said:
+        return transforms.Preprocessing.load(said["preprocessing"])
+    if (content is None and not published) or {"options", "classes"} <= set(said):
+        return transforms.Preprocessing()
+    return transforms.Preprocessing.published(config, input_size)
