@@ -865,7 +865,7 @@ MISTAKES = {  # kind: words, a regular expression of the message; DATA, RUN and 
                           r"RUN/checkpoint.pth holds no moving average: it was trained without --model-ema"),
     "evaluation of a new head": ("--eval --finetune RUN/checkpoint.pth", r"--eval evaluates weights as they are: give them as --resume .*"),
     "a model of a fixed size": (
-        "--model=efficientformer_l1", r"--model efficientformer_l1 fails on an image of 32 pixels \(.*\): its own size is --input-size 224"),
+        "--model=efficientformer_l1", r"--model efficientformer_l1 fails on an image of 32 pixels \(.*\): its own size is .* 224"),
     "betas for an optimizer without": ("--opt adafactor --opt-betas 0.9 0.99", r"--opt adafactor: it has no betas \(--opt-betas\): .*"),
     "missing checkpoint": ("--resume RUN/epoch9.pth", r"no checkpoint RUN/epoch9.pth: look at the path"),
     "missing weights": ("--finetune RUN/epoch9.pth", r"no checkpoint RUN/epoch9.pth: look at the path"),
