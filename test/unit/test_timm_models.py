@@ -114,7 +114,7 @@ def test_a_model_that_is_no_classifier_is_one_line():
     class Encoder(torch.nn.Module):
         def forward(self, images):
             return images.mean((2, 3)), images
-    with pytest.raises(ValueError, match="^--model encoder: it gives tuple for an image, not logits of 3 classes"):
+    with pytest.raises(ValueError, match=r"^--model encoder: it gives tuple for an image, not logits of 3 classes"):
         networks.try_out(Encoder(), "encoder", 3, 32, False, 32)
 
 
@@ -130,7 +130,8 @@ def test_checkpointed_blocks_have_the_same_gradients():
 
 # ---- two heads ----
 
-DISTILLED = ["deit_tiny_distilled_patch16_224", "levit_128s", "efficientformerv2_s0", "swiftformer_xs", "pit_ti_distilled_224", "repvit_m0_9"]
+DISTILLED = [
+    "deit_tiny_distilled_patch16_224", "levit_128s", "efficientformerv2_s0", "swiftformer_xs", "pit_ti_distilled_224", "repvit_m0_9"]
 
 
 @pytest.mark.parametrize("name", DISTILLED)
@@ -220,7 +221,8 @@ def test_trained_pixels_have_the_weights_mean_deviation_and_interpolation():
     own = Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), interpolation="bilinear")
     for asked, used in ((None, "bilinear"), ("bicubic", "bicubic")):
         ours = transforms.build_transform(True, 32, interpolation=asked, preprocessing=own, **plain)
-        theirs = create_transform(32, is_training=True, scale=(1, 1), hflip=0, color_jitter=0, interpolation=used, mean=own.mean, std=own.std)
+        theirs = create_transform(32, is_training=True, scale=(1, 1), hflip=0, color_jitter=0, interpolation=used, mean=own.mean,
+                                  std=own.std)
         torch.manual_seed(0)
         a = ours(photograph(64, 64))
         torch.manual_seed(0)
@@ -244,7 +246,7 @@ def test_whose_pre_processing_it_is():
                                    {**HALF.save(), "crop_pct": float("nan")}, {**HALF.save(), "interpolation": "x"},
                                    {**HALF.save(), "crop_mode": "x"}, {**HALF.save(), "more": 1}, {**HALF.save(), "crop_pct": "x"}])
 def test_a_record_that_is_none_is_one_line(wrong):
-    with pytest.raises(ValueError, match="^the checkpoint's preprocessing is .*: expected mean, std") as caught:
+    with pytest.raises(ValueError, match=r"^the checkpoint's preprocessing is .*: expected mean, std") as caught:
         networks.preprocessing("test_convnext", 32, {"preprocessing": wrong})
     assert "\n" not in str(caught.value)
 
@@ -351,7 +353,7 @@ def test_a_teacher_of_timms_teaches_from_its_own_pictures(works, data, published
     """Hard distillation at alpha 1 costs the cross entropy with the teacher's decisions: on 160 pixels, normalised by a half."""
     logging.getLogger("timm").setLevel(logging.ERROR)
     path, net = published
-    words = ["--model=test_convnext", *PLAIN, "--max_step=1", "--epochs=1", "--no-eval", "--batch-size=24", "--lr=0", "--warmup-lr=0", "--min-lr=0",
+    words = ["--model=test_convnext", *PLAIN, "--max_step=1", "--epochs=1", "--no-eval", "--batch-size=24",
              "--distillation-type=hard", "--distillation-alpha=1", "--teacher-model=test_convnext", "--teacher-path", path]
     done = works(*words, "--finetune", path, "--mean", "0.1", "0.2", "0.3")
     assert f"The teacher sees 160 pixels, {HALF}" in done.out
