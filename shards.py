@@ -76,7 +76,9 @@ def members(file, size):
             member = tarfile.TarInfo.fromtarfile(tar)
         except tarfile.EOFHeaderError:
             break
-        except tarfile.HeaderError as error:
+        except OSError:
+            raise
+        except READ_ERRORS as error:
             if start + BLOCK > size:
                 raise ValueError(f"it breaks off {before}") from error
             raise ValueError(f"the header at byte {start} is damaged, {before}") from error
@@ -477,11 +479,11 @@ class ShardedImages(Dataset):
                 (_, _, member), *_ = members(BytesIO(piece + bytes(2 * BLOCK)), length + 2 * BLOCK)
                 start = member.offset_data
             if not member.isreg() or member.issparse() or length - start != -(-member.size // BLOCK) * BLOCK:
-                raise ValueError("another member is there")
+                raise ValueError(f"{shown(member.name)} is not what its index says")
         except READ_ERRORS as error:
             near = shown(piece[:100].partition(b"\0")[0].decode(errors="replace"))
-            raise unreadable(shard, f"{reason(error)}, at byte {self.records[index][what]}, where its index has '{near}'",
-                             f"write it again, or where it is whole its index: {remedy(Path(shard).parent)}") from error
+            why = reason(error) if type(error) is ValueError else f"the header at byte {self.records[index][what]}, '{near}', is damaged"
+            raise unreadable(shard, why, f"write it again, or where it is whole its index: {remedy(Path(shard).parent)}") from error
         return member.name, piece[start:start + member.size]
 
     def decode(self, index, image, label):

@@ -1,12 +1,21 @@
 """Tar shards: what is in them is read or said in one line; each image once an epoch; written whole or not at all."""
+import bz2
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
+import pickle
+import random
+import re
 import runpy
+import shutil
 import signal
+import subprocess
 import sys
 import tarfile
+import zlib
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +24,8 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision import datasets as tv
 
@@ -23,7 +34,7 @@ import decode
 import engine
 import loaders
 import samplers
-import shards as shards_module
+import shards
 from datasets import write_shards
 from shards import ShardedImages, run_length
 
@@ -71,7 +82,7 @@ def small_transform(is_train=False):
 
 
 @pytest.fixture(scope="module")
-def shards(tiny_folder, tmp_path_factory):
+def shards_root(tiny_folder, tmp_path_factory):
     """tiny_folder as 6 shards of 4 for training, and 3 of 4, 4 and 3 for validation; read it only."""
     root = tmp_path_factory.mktemp("shards of 100% real") / "tiny"
     write_shards(tiny_folder, root, maxcount=4)
@@ -126,19 +137,19 @@ def flat(batches):
 def refusal(folder):
     """The one line that a split's shards are refused with."""
     with pytest.raises(ValueError) as caught:
-        list(ShardedImages(shards_module.find(folder), plain))
+        list(ShardedImages(shards.find(folder), plain))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 # ---- as good as a folder ----
 
-def test_shards_hold_the_folders_images(shards, tiny_folder):
+def test_shards_hold_the_folders_images(shards_root, tiny_folder):
     """Names and numbers of classes, counts, labels and pixels."""
-    train, val, classes = datasets.build_datasets(shards, "IMNET", plain, plain)
+    train, val, classes = datasets.build_datasets(shards_root, "IMNET", plain, plain)
     assert classes == CLASSES and train.named
     assert (len(train), len(val)) == (24, 11)
-    content = json.loads((shards / "val" / "index.json").read_text())
+    content = json.loads((shards_root / "val" / "index.json").read_text())
     assert content["classes"] == CLASSES and content["shards"] == {"000000.tar": 3, "000001.tar": 4, "000002.tar": 4}
     folder = tv.ImageFolder(tiny_folder / "val", plain)
     for i in range(11):
@@ -151,10 +162,10 @@ def test_shards_hold_the_folders_images(shards, tiny_folder):
         val[11]
 
 
-def test_webdataset_reads_what_is_written(shards, tiny_folder):
+def test_webdataset_reads_what_is_written(shards_root, tiny_folder):
     """The trade's own reader finds the same images and labels."""
     folder, found = tv.ImageFolder(tiny_folder / "val"), {}
-    for shard in sorted((shards / "val").glob("*.tar")):
+    for shard in sorted((shards_root / "val").glob("*.tar")):
         with open(shard, "rb") as stream:
             members = webdataset.tariterators.tar_file_expander([{"url": "x", "stream": stream}])
             found |= {int(sample["__key__"]): sample for sample in webdataset.tariterators.group_by_keys(members)}
@@ -168,7 +179,7 @@ def test_what_webdataset_writes_is_read(tmp_path):
         with webdataset.TarWriter(str(tmp_path / f"{part}.tar")) as writer:
             for i in range(5):
                 writer.write({"__key__": f"{part}/{i}", "png": picture(10 * part + i), "cls": i, "json": {"caption": "a picture"}})
-    found = ShardedImages(shards_module.find(tmp_path), plain)
+    found = ShardedImages(shards.find(tmp_path), plain)
     assert [(which(image), label) for image, label, _ in found] == [(10 * part + i, i) for part in range(2) for i in range(5)]
     assert (found.classes, found.named) == (list("01234"), False)
     assert found.notes and "no index" in found.notes[0] and f"python datasets.py index {tmp_path.parent}" in found.notes[0]
@@ -176,7 +187,7 @@ def test_what_webdataset_writes_is_read(tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("place", ["shards", "one_shard"])
+@pytest.mark.parametrize("place", ["shards_root", "one_shard"])
 def test_evaluation_reads_each_shards_image_once(request, place, ranks, workers):
     root = request.getfixturevalue(place)
     seen = [i for rank in range(ranks) for i in flat(indices(loader_of(root, False, 2, workers, rank, ranks)))]
@@ -208,7 +219,7 @@ def test_an_evaluation_is_shown_each_shards_image_once(tiny_folder, tmp_path, ma
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("place", ["shards", "one_shard"])
+@pytest.mark.parametrize("place", ["shards_root", "one_shard"])
 def test_training_shows_each_shards_image_once_an_epoch(request, place, ranks, workers):
     """Every rank gets as many full batches; together they see each image once."""
     root = request.getfixturevalue(place)
@@ -219,27 +230,27 @@ def test_training_shows_each_shards_image_once_an_epoch(request, place, ranks, w
         assert sorted(i for found in batches for i in flat(found)) == list(range(24))
 
 
-def test_the_order_follows_seed_and_epoch(shards):
+def test_the_order_follows_seed_and_epoch(shards_root):
     """Persistent workers see the new epoch; a resumed run has the epoch's order."""
-    loader = loader_of(shards, True, 4, 2, seed=5)
+    loader = loader_of(shards_root, True, 4, 2, seed=5)
     first, second = indices(loader, 0), indices(loader, 1)
     assert first != second
-    assert [indices(loader_of(shards, True, 4, 0, seed=5), epoch) for epoch in (0, 1)] == [first, second]
-    assert indices(loader_of(shards, True, 4, 0, seed=6), 0) != first
+    assert [indices(loader_of(shards_root, True, 4, 0, seed=5), epoch) for epoch in (0, 1)] == [first, second]
+    assert indices(loader_of(shards_root, True, 4, 0, seed=6), 0) != first
 
 
-def test_repeated_augmentation_on_shards(shards):
+def test_repeated_augmentation_on_shards(shards_root):
     """Three copies of an image, each with draws of its own."""
-    found, _ = datasets.build_dataset(True, shards, "IMNET", small_transform(True))
+    found, _ = datasets.build_dataset(True, shards_root, "IMNET", small_transform(True))
     images, _, index = next(iter(loaders.build_loader(found, True, 24, 0, repeated_aug=True)))
     assert sorted(Counter(index.tolist()).values()) == [3] * 8
     a, b, c = images[index == index[0]]
     assert not torch.equal(a, b) and not torch.equal(b, c)
 
 
-def test_a_batch_larger_than_a_ranks_shards(shards):
+def test_a_batch_larger_than_a_ranks_shards(shards_root):
     with pytest.raises(ValueError, match="24 images, too few for one batch of 16 on each of 2 ranks"):
-        loader_of(shards, True, 16, 0, 0, 2)
+        loader_of(shards_root, True, 16, 0, 0, 2)
 
 
 # ---- dealing by image ----
@@ -335,11 +346,609 @@ def test_batches_of_shards_written_class_by_class_are_as_mixed_as_random_ones():
     assert abs(np.mean(kinds) - expected) < 1.5
 
 
-def test_neighbours_are_one_read(shards, monkeypatch):
-    found, _ = datasets.build_dataset(True, shards, "IMNET", plain)
+def test_neighbours_are_one_read(shards_root, monkeypatch):
+    found, _ = datasets.build_dataset(True, shards_root, "IMNET", plain)
     reads, pread = [], os.pread
     monkeypatch.setattr(os, "pread", lambda *place: reads.append(place) or pread(*place))
     a = found.__getitems__([3, 0, 1, 2, 3])
     assert len(reads) == 1 and [index for *_, index in a] == [3, 0, 1, 2, 3]
     b = found.__getitems__([5, 9, 2])
     assert len(reads) == 4 and torch.equal(a[3][0], b[2][0])
+
+
+# ---- the index ----
+
+@pytest.fixture
+def numbered(tmp_path):
+    """train/ with 12 pictures in 2 shards, classes 0 to 2, and no index."""
+    for part in range(2):
+        write_tar(tmp_path / "train" / f"{part}.tar", pairs(6, 6 * part))
+    return tmp_path / "train"
+
+
+def content_of(folder):
+    return [(which(image), label) for image, label, _ in ShardedImages(shards.find(folder), plain)]
+
+
+EXPECTED = [(i, i % 3) for i in range(12)]
+
+
+def test_shards_without_an_index_are_read_and_it_is_said_once(numbered, command, run_main):
+    assert content_of(numbered) == EXPECTED
+    assert len(ShardedImages(shards.find(numbered)).notes) == 1
+    assert "train: 12 images of 3 classes in 2 shards\n" in command("index", numbered.parent)
+    assert content_of(numbered) == EXPECTED and ShardedImages(shards.find(numbered)).notes == []
+
+
+def test_an_index_of_an_earlier_version_is_accepted(numbered):
+    (numbered / "index.json").write_text(json.dumps({"classes": ["a", "b", "c"], "shards": {"0.tar": 6, "1.tar": 6}}))
+    found = ShardedImages(shards.find(numbered))
+    assert (len(found), found.classes, found.named) == (12, ["a", "b", "c"], True)
+    (numbered / "index.json").write_text(json.dumps({"classes": ["0", "1", "2"], "shards": {"0.tar": 6, "1.tar": 7}}))
+    assert "1.tar (it holds 6 images, and 7 by its index)" in refusal(numbered)
+
+
+def test_names_without_anything_else_are_an_index(numbered, command):
+    """A user's file; counting keeps the names."""
+    (numbered / "index.json").write_text('{"classes": ["ant", "bee", "cow"]}')
+    for _ in range(2):
+        found = ShardedImages(shards.find(numbered))
+        assert (found.classes, found.named, len(found)) == (["ant", "bee", "cow"], True, 12)
+        command("index", numbered.parent)
+    assert sorted(path.name for path in numbered.iterdir()) == ["0.tar", "1.tar", "index.json", "index.npy"]
+
+
+def test_another_tools_index_is_kept(numbered, command):
+    wids = json.dumps({"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": [{"url": "0.tar", "nsamples": 6}]})
+    (numbered / "index.json").write_text(wids)
+    assert content_of(numbered) == EXPECTED
+    command("index", numbered.parent)
+    assert (numbered / "index.json.old").read_text() == wids and content_of(numbered) == EXPECTED
+
+
+@pytest.mark.parametrize("text", [
+    "{", "[]", "3", "null", '"x"', "{}", "[" * 100_000, "\xff\xfe", '{"classes": ["a"], "shards": 3}', '{"classes": "abc", "shards": {}}',
+    '{"classes": [1, 2, 3], "shards": {}}', '{"classes": ["a", "b", "c"], "shards": {"0.tar": "6", "1.tar": 6}}',
+    '{"classes": ["a", "b", "c"], "shards": {"0.tar": -6, "1.tar": true}}', '{"classes": ["a", "b", "c"], "named": 1}',
+    '{"classes": ["a", "b", "c"], "shards": {"0.tar": 6, "1.tar": 6}, "bytes": [1]}', '{"classes": null}', '{"classes": [NaN]}'])
+def test_an_index_of_wrong_types_is_one_line_and_counting_mends_it(numbered, text, command):
+    (numbered / "index.json").write_text(text, encoding="latin-1")
+    line = refusal(numbered)
+    assert line.startswith(f"cannot read {numbered}/index.json (") and line.endswith(f"): python datasets.py index {numbered.parent}")
+    command("index", numbered.parent)
+    assert content_of(numbered) == EXPECTED
+    assert (numbered / "index.json.old").read_text(encoding="latin-1") == text
+
+
+@pytest.mark.parametrize("how", ["cut off", "another's", "empty", "missing", "pickle"])
+def test_index_npy_that_is_not_the_one(numbered, how):
+    shards.write_index(numbered)
+    path = numbered / "index.npy"
+    data = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"cut off": data[:-8], "another's": data[:-1] + b"\1", "empty": b"", "pickle": b"\x80\x04."}[how])
+    assert re.match(rf"cannot read {path} \(.+\): python datasets.py index ", refusal(numbered))
+
+
+@pytest.mark.parametrize("field, value", [("image", -512), ("image", 1 << 40), ("label_bytes", 1 << 62), ("image_bytes", 0), ("target", 3),
+                                          ("target", -1), ("label", -1 << 63)])
+def test_places_outside_a_shard_are_refused(numbered, field, value):
+    """Even where index.json vouches for them."""
+    shards.write_index(numbered)
+    records = np.load(numbered / "index.npy")
+    records[field][4] = value
+    np.save(numbered / "index.npy", records)
+    content = json.loads((numbered / "index.json").read_text())
+    content["crc32"] = zlib.crc32((numbered / "index.npy").read_bytes())
+    (numbered / "index.json").write_text(json.dumps(content))
+    assert "outside" in refusal(numbered)
+
+
+def test_an_index_of_other_shards_never_gives_a_wrong_label(numbered):
+    """Of the same sizes, names and places: other labels, another order, other keys."""
+    shards.write_index(numbered)
+    def again(members):
+        write_tar(numbered / "0.tar", members)
+        return refusal(numbered)
+    line = again([(name, b"2" if name == "0003.cls" else content) for name, content in pairs(6)])
+    assert line.endswith(f"0.tar (0003.png and 0003.cls are not what its index says): python datasets.py index {numbered.parent}")
+    assert "are not what its index says" in again([part for i in reversed(range(0, 12, 2)) for part in pairs(6)[i:i + 2]])
+    mixed = pairs(6)
+    mixed[1], mixed[3] = mixed[3], mixed[1]
+    assert "0000.png and 0001.cls are not what its index says" in again(mixed)
+    assert "it has " in again(pairs(60)) and " by its index" in again(pairs(60))
+
+
+@pytest.mark.parametrize("change", ["renamed", "more", "fewer"])
+def test_an_index_that_does_not_fit_its_folder(numbered, change):
+    shards.write_index(numbered)
+    if change == "renamed":
+        (numbered / "1.tar").rename(numbered / "9.tar")
+    elif change == "more":
+        write_tar(numbered / "2.tar", pairs(3, 20))
+    else:
+        (numbered / "1.tar").unlink()
+    assert re.fullmatch(rf"{numbered}/index.json does not fit the shards beside it \([12]\.tar\): python datasets.py index "
+                        rf"{numbered.parent}", refusal(numbered))
+
+
+def test_offsets_are_flat_and_travel_to_workers(numbered):
+    shards.write_index(numbered)
+    found = ShardedImages(shards.find(numbered), plain)
+    assert found[7][1] == 1
+    assert isinstance(found.records, np.ndarray) and found.records.itemsize == 36
+    again = pickle.loads(pickle.dumps(found))
+    assert [label for _, label, _ in again] == [label for _, label in EXPECTED]
+
+
+# ---- what others write ----
+
+def split_of(tmp_path, members, **how):
+    write_tar(tmp_path / "train" / "x.tar", members, **how)
+    return tmp_path / "train"
+
+
+@pytest.mark.parametrize("name, content", [
+    ("k.cls", b"2"), ("k.CLS", b" 2\r\n"), ("k.cls", b"\xef\xbb\xbf2"), ("k.json", b'{"label": 2, "caption": "7 cats"}'),
+    ("k.json", b'{"cls": "2"}'), ("k.json", b"2"), ("k.json", b'{"label": 2.0}'), ("k.txt", b"2\n"), ("K.cls", None)])
+def test_where_a_label_may_stand(tmp_path, name, content):
+    """.cls before .json before .txt; a caption is no label."""
+    members = pairs(2) + [("k.PNG", picture(5)), (name, content)] if content else pairs(2) + [("K.JPEG", picture(5)), ("K.cls", b"2")]
+    members += [("k.txt", b"a caption, 1")] if name == "k.json" else []
+    assert content_of(split_of(tmp_path, members))[-1] == (5, 2)
+
+
+def test_labels_that_are_names(tmp_path):
+    """All of them: classes in their order. With names in index.json: those."""
+    members = [part for i, name in enumerate(["dog", "cat", "emu"]) for part in ((f"{i}.png", picture(i)), (f"{i}.cls", name.encode()))]
+    folder = split_of(tmp_path, members)
+    found = ShardedImages(shards.find(folder), plain)
+    assert (found.classes, found.named, found.targets.tolist()) == (["cat", "dog", "emu"], True, [1, 0, 2])
+    (folder / "index.json").write_text('{"classes": ["emu", "dog", "cat", "cow"]}')
+    assert [label for _, label in content_of(folder)] == [1, 2, 0]
+    assert "3.cls: its label 'pig' is no class's number, nor the name of one" in refusal(split_of(
+        tmp_path, members + [("3.png", picture()), ("3.cls", b"pig")]))
+
+
+@pytest.mark.parametrize("what", ["dots", "dotted folders", "unsorted", "labels first", "macOS", "README", "upper case",
+                                  "masks", "input.png", "long names", "long names of GNU's", "directories", "captions",
+                                  "a global header", "an old tar"])
+def test_odd_shards_whose_meaning_is_clear(tmp_path, what):
+    plainly, how = pairs(12), {}
+    if what == "dots":
+        plainly = pairs(12, names="img.v1.{:04d}")
+    elif what == "dotted folders":
+        plainly = pairs(12, names="set.v2/part.0/{:04d}")
+    elif what == "unsorted":
+        plainly = plainly[::2] + plainly[1::2][::-1]
+    elif what == "labels first":
+        plainly = plainly[1::2] + plainly[::2]
+    elif what == "macOS":
+        plainly = [part for name, content in plainly for part in (("._" + name, b"\0\5\26\7"), (name, content))] + [(".DS_Store", b"x")]
+    elif what == "README":
+        plainly = [("README.txt", b"12 pictures"), ("README.md", b"#"), ("LICENSE", b"MIT"), ("stats.json", b'{"images": 12}'), *plainly]
+    elif what == "upper case":
+        plainly = [(name.replace("png", "PNG").replace("cls", "CLS"), content) for name, content in plainly]
+    elif what == "masks":
+        plainly = plainly + [(f"{i:04d}.seg.png", picture(99)) for i in range(12)]
+    elif what == "input.png":
+        plainly = [(name.replace(".png", ".input.png"), content) for name, content in plainly]
+    elif what.startswith("long names"):
+        plainly, how = pairs(12, names="d" * 90 + "/" + "é" * 90 + "{:04d}"), dict(
+            format=tarfile.GNU_FORMAT if what.endswith("GNU's") else tarfile.PAX_FORMAT)
+    elif what == "directories":
+        folder = tarfile.TarInfo("a.png")
+        folder.type = tarfile.DIRTYPE
+        plainly = [("a.png", folder), *pairs(12, names="a.png/{:04d}")]
+    elif what == "captions":
+        plainly += [(f"{i:04d}.txt", b"two cats on a sofa") for i in range(12)]
+    elif what == "a global header":
+        how = dict(format=tarfile.PAX_FORMAT, pax_headers={"comment": "made by git archive"})
+    folder = split_of(tmp_path, plainly, **how)
+    if what == "an old tar":  # V7: no magic, no prefix
+        data = bytearray((folder / "x.tar").read_bytes())
+        for start in headers(folder / "x.tar"):
+            data[start + 257:start + 512] = bytes(255)
+            data[start + 148:start + 156] = b" " * 8
+            data[start + 148:start + 156] = b"%06o\0 " % sum(data[start:start + 512])
+        (folder / "x.tar").write_bytes(data)
+    for _ in range(2):
+        assert sorted(content_of(folder)) == EXPECTED
+        shards.write_index(folder)
+
+
+def link(name, to, kind=tarfile.LNKTYPE):
+    found = tarfile.TarInfo(name)
+    found.type, found.linkname = kind, to
+    return name, found
+
+
+@pytest.mark.parametrize("more, words", [
+    ([("7.png", picture())], r"7\.png has no label beside it"),
+    ([("7.png", picture()), ("7.txt", b"a cat")], r"7\.png has no label beside it"),
+    ([("7.png", picture()), ("7.json", b'{"caption": "a cat"}')], r"7\.png has no label beside it"),
+    ([("7.cls", b"1")], r"7\.cls has no image beside it"),
+    ([("7.npy", b"x"), ("7.cls", b"1")], r"7\.cls has no image beside it"),
+    ([("7.png", picture()), ("7.cls", b"-1")], r"7\.cls: its label -1 is not one of the 3 classes"),
+    ([("7.png", picture()), ("7.cls", b"999999999")], r"7\.cls: its label 999999999 is not one of the 3 classes, 0 to 2"),
+    ([("7.png", picture()), ("7.cls", b"")], r"7\.cls: it is empty"),
+    ([("7.png", picture()), ("7.cls", b"1.5")], r"7\.cls: its label '1\.5' is no class's number"),
+    ([("7.png", picture()), ("7.cls", b"\xff\xfe")], r"7\.cls: .*can't decode"),
+    ([("7.png", picture()), ("7.json", b"{")], r"7\.json: Expecting property name"),
+    ([("7.png", picture()), ("7.json", b'{"label": [0, 1]}')], r"7\.json: its label is \[0, 1\], no class's number"),
+    ([("7.png", picture()), ("7.json", b'{"label": true}')], r"7\.json: its label is true"),
+    ([("7.png", picture()), ("7.json", b"[" * 90_000)], r"7\.json: .*recursion"),
+    ([("7.png", picture()), ("7.jpg", picture()), ("7.cls", b"1")], r"7\.png and 7\.jpg are two images of one key"),
+    ([("0001.png", picture()), ("0001.cls", b"1")], r"0001\.png and 0001\.png are two images of one key"),
+    ([("7.png", picture()), ("7.cls", b"1"), ("7.CLS", b"2")], r"7\.cls and 7\.CLS are two labels of one key"),
+    ([link("7.png", "0001.png"), ("7.cls", b"1")], r"7\.png is a link"),
+    ([link("7.png", "/etc/passwd", tarfile.SYMTYPE), ("7.cls", b"1")], r"7\.png is a link"),
+    ([("7.png", picture()), link("7.cls", "0001.cls")], r"7\.cls is a link"),
+    ([("7\n\x1b[31m.png", picture())], r"7\\n\\x1b\[31m\.png has no label"),
+    ([("7.png", picture()), ("7.cls", b"1" * 2_000_000)], r"7\.cls has 2,000,000 bytes, too many for a label")])
+def test_shards_that_make_no_sense_are_one_line_with_shard_and_member(tmp_path, more, words):
+    folder = split_of(tmp_path, pairs(6) + more)
+    assert re.match(rf"cannot read the shard {folder}/x\.tar \({words}.*\): ", refusal(folder))
+
+
+def test_a_label_outside_the_names_of_the_index(numbered):
+    (numbered / "index.json").write_text('{"classes": ["a", "b"]}')
+    for _ in range(2):
+        assert "0.tar (0002.cls: its label 2 is not one of the 2 classes, 0 to 1): " in refusal(numbered)
+        with pytest.raises(ValueError, match="its label 2 is not one of the 2 classes"):
+            shards.write_index(numbered)
+
+
+def test_a_decompression_bomb_in_a_shard(tmp_path):
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 10_000)).save(bomb, "PNG")
+    folder = split_of(tmp_path, [*pairs(3), ("bomb.png", bomb.getvalue()), ("bomb.cls", b"0")])
+    assert re.fullmatch(rf"cannot read the image {folder}/x\.tar/bomb\.png \(.*decompression bomb.*\): replace it or remove it",
+                        refusal(folder))
+
+
+def test_bytes_that_are_no_image_are_named(tmp_path):
+    folder = split_of(tmp_path, [*pairs(3), ("a/b.png", b"no image"), ("a/b.cls", b"0")])
+    assert refusal(folder) == f"cannot read the image {folder}/x.tar/a/b.png (no image of a known format): replace it or remove it"
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TIFF", "GIF"])
+def test_other_formats_in_shards_are_read(tmp_path, kind):
+    assert content_of(split_of(tmp_path, [(f"0.{kind.lower()}", picture(3, kind)), ("0.cls", b"0")])) == [(3, 0)]
+
+
+# ---- whole, to the last zero block ----
+
+def headers(shard):
+    """Where its members begin."""
+    with tarfile.open(shard) as tar:
+        return [member.offset for member in tar]
+
+
+def test_a_flipped_bit_in_any_header_is_an_error_that_names_the_shard(numbered):
+    """Each header once, another bit each time; with and without the index."""
+    rng, shard = random.Random(0), numbered / "0.tar"
+    whole = shard.read_bytes()
+    shards.write_index(numbered)
+    index = {path: path.read_bytes() for path in numbered.glob("index.*")}
+    for number, start in enumerate(headers(shard)):
+        data = bytearray(whole)
+        data[start + rng.randrange(512)] ^= 1 << rng.randrange(8)
+        shard.write_bytes(data)
+        line = refusal(numbered)
+        assert re.match(rf"cannot read the shard {shard} \(the header at byte {start}, '.*', is damaged\): ", line)
+        for path in index:
+            path.unlink()
+        line = refusal(numbered)
+        where = rf"the header at byte {start} is damaged, after 000{(number - 1) // 2}\." if start else "no tar, or its first header"
+        assert re.match(rf"cannot read the shard {shard} \({where}", line)
+        for path, content in index.items():
+            path.write_bytes(content)
+
+
+@pytest.mark.parametrize("cut, words", [
+    (lambda starts, end: starts[3] + 600, "it breaks off within 0001.cls"),
+    (lambda starts, end: starts[3] + 100, "it breaks off after 0001.png"),
+    (lambda starts, end: starts[4], "it breaks off after 0001.cls"), (lambda starts, end: end, "it breaks off after 0005.cls"),
+    (lambda starts, end: end + 512, "it breaks off after 0005.cls"), (lambda starts, end: 0, "it is empty")])
+def test_a_tar_that_breaks_off(numbered, cut, words, command):
+    """Also between members, where tar ends like a whole one; `index` says so too."""
+    shard = numbered / "0.tar"
+    starts = headers(shard)
+    shard.write_bytes(shard.read_bytes()[:cut(starts, starts[-1] + 1024)])
+    line = f"cannot read the shard {shard} ({words}): write it again"
+    assert refusal(numbered) == line
+    with pytest.raises(SystemExit) as caught:
+        command("index", numbered.parent)
+    assert caught.value.code == f"error: {line}" and not (numbered / "index.json").exists()
+
+
+def test_only_zeros_follow_the_end(numbered):
+    shard = numbered / "0.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole + bytes(5000))
+    assert content_of(numbered) == EXPECTED
+    shard.write_bytes(whole + whole)  # cat a.tar b.tar
+    assert "something follows its end mark, which stands after 0005.cls" in refusal(numbered)
+    shard.write_bytes(bytes(1024))
+    assert content_of(numbered) == EXPECTED[6:]
+
+
+@pytest.mark.parametrize("data, words", [(b"no tar" * 200, "no tar"), (b"<html>404</html>", "no tar"), (b"PK\3\4" + bytes(600), "no tar")])
+def test_what_is_no_tar(numbered, data, words):
+    (numbered / "1.tar").write_bytes(data)
+    assert refusal(numbered).startswith(f"cannot read the shard {numbered}/1.tar ({words}")
+
+
+@pytest.mark.parametrize("kind, opened, command", [
+    ("gzip", gzip.open, "gunzip"), ("xz", lzma.open, "unxz"), ("bzip2", bz2.open, "bunzip2")])
+@pytest.mark.parametrize("name", ["0.tar", "0.tar.gz"])
+def test_compressed_shards_are_to_be_unpacked_and_the_true_reason_is_said(numbered, kind, opened, command, name):
+    data = (numbered / "0.tar").read_bytes()
+    (numbered / "0.tar").unlink()
+    shard = numbered / name
+    with opened(shard, "wb") as file:
+        file.write(data)
+    assert refusal(numbered) == (f"cannot read the shard {shard} (it is compressed with {kind}, and images are read from the midst of "
+                                 f"a shard): {command} {shard}")
+    packed = shard.read_bytes()
+    for broken in (packed[:len(packed) // 2], packed[:-3], packed[:len(packed) // 2] + b"\xff\xff" + packed[len(packed) // 2 + 2:]):
+        shard.write_bytes(broken)
+        assert re.fullmatch(rf"cannot read the shard {shard} \({kind} data that are damaged or break off: .+\): write it again",
+                            refusal(numbered))
+
+
+# ---- the folder ----
+
+def test_class_folders_beside_a_tar_are_not_guessed_about(tiny_folder, tmp_path, run_main):
+    root = shutil.copytree(tiny_folder, tmp_path / "data")
+    write_tar(root / "val" / "backup.tar", pairs(3))
+    done = run_main("--data-path", root, "--device=cpu")
+    assert (done.returncode, done.stderr) == (2, f"error: {root}/val holds class folders (flower) and tar files (backup.tar): which are "
+                                              "the data? Move the others away\n")
+
+
+def test_a_folder_called_tar_is_a_class(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "pitch.tar").mkdir(parents=True)
+        (tmp_path / split / "pitch.tar" / "a.png").write_bytes(picture())
+    assert datasets.build_dataset(True, tmp_path)[1] == ["pitch.tar"]
+
+
+def test_hidden_files_are_no_shards(numbered):
+    (numbered / "._0.tar").write_bytes(b"\0\5\26\7")
+    (numbered / ".cache").mkdir()
+    assert content_of(numbered) == EXPECTED
+
+
+@pytest.mark.parametrize("what", ["fifo", "broken link"])
+def test_what_is_no_file_does_not_wait(numbered, what):
+    os.mkfifo(numbered / "2.tar") if what == "fifo" else (numbered / "2.tar").symlink_to("nowhere")
+    assert refusal(numbered).startswith(f"cannot read the shard {numbered}/2.tar (")
+
+
+@pytest.mark.parametrize("name", ["data:v2", "pipe:touch owned", "pipe:cat x; touch owned", "http:", "$(touch owned)", "a b%d{0..3}::"])
+def test_a_path_is_a_path(tiny_folder, tmp_path, monkeypatch, name):
+    """webdataset opens URLs and hands pipe: to a shell."""
+    monkeypatch.chdir(tmp_path)
+    def no_process(*args, **kwargs):
+        raise AssertionError(f"a process was started: {args}")
+    monkeypatch.setattr(subprocess, "Popen", no_process)
+    monkeypatch.setattr(os, "system", no_process)
+    write_shards(tiny_folder, name, maxcount=4)
+    assert flat(indices(loader_of(Path(name), False, 4, 0))) == list(range(11))
+    shards.write_index(Path(name) / "val")
+    assert sorted(os.listdir()) == [name]
+
+
+# ---- writing ----
+
+def test_shards_are_of_the_same_size(tmp_path):
+    """5,001 images are not 5,000 and one."""
+    class_folder = tmp_path / "data" / "train" / "a"
+    class_folder.mkdir(parents=True)
+    for i in range(26):
+        (class_folder / f"{i:02d}.png").write_bytes(picture(i))
+    write_shards(tmp_path / "data", tmp_path / "tars", maxcount=5)
+    found, _ = datasets.build_dataset(True, tmp_path / "tars", "IMNET", plain)
+    assert sorted(np.diff(found.bounds).tolist()) == [4, 4, 4, 4, 5, 5]
+    assert sorted(which(image) for image, _, _ in found) == list(range(26))
+
+
+def test_one_split_is_enough(tiny_folder, tmp_path, command):
+    shutil.copytree(tiny_folder / "train", tmp_path / "data" / "train")
+    assert command("shards", tmp_path / "data", tmp_path / "tars") == "train: 24 images of 3 classes\n"
+    assert os.listdir(tmp_path / "tars") == ["train"]
+    assert command("index", tmp_path / "tars") == "train: 24 images of 3 classes in 1 shards\n"
+    (tmp_path / "empty").mkdir()
+    for words in (("shards", tmp_path / "empty", tmp_path / "new"), ("index", tmp_path / "empty")):
+        with pytest.raises(SystemExit) as caught:
+            command(*words)
+        assert caught.value.code.startswith(f"error: {tmp_path}/empty has neither train/ nor val/")
+
+
+def everything(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("what", ["shards", "a file", "in a split"])
+def test_a_used_folder_is_refused(tiny_folder, tmp_path, what, command):
+    if what == "shards":
+        write_shards(tiny_folder, tmp_path / "tars", maxcount=2)
+    elif what == "a file":
+        (tmp_path / "tars").write_text("thesis")
+    else:
+        write_tar(tmp_path / "tars" / "val" / "000009.tar", pairs(3))
+    before = everything(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        command("shards", tiny_folder, tmp_path / "tars")
+    assert caught.value.code == f"error: {tmp_path}/tars is not empty: choose a new folder for the shards"
+    assert everything(tmp_path) == before
+
+
+def test_shards_of_shards_are_refused(shards_root, tmp_path, command):
+    with pytest.raises(SystemExit) as caught:
+        command("shards", shards_root, tmp_path / "tars")
+    assert "holds shards already: python datasets.py index " in caught.value.code and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_shards_never_pass_for_whole(tiny_folder, tmp_path, how):
+    """A pause in the middle stands for any moment: the second split's third image is a FIFO's other end."""
+    program = f"""
+import os, signal, sys, runpy
+sys.argv = ["datasets.py", "shards", {str(tiny_folder)!r}, {str(tmp_path / "tars")!r}]
+sys.path.insert(0, {str(Path(datasets.__file__).parent)!r})
+import shards
+stored, count = shards.stored, iter(range(99))
+def killed(path):
+    if next(count) == 27:
+        os.kill(os.getpid(), {int(how)})
+    return stored(path)
+shards.stored = killed
+runpy.run_path({datasets.__file__!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == (143 if how == signal.SIGTERM else -9) and not (tmp_path / "tars").exists()
+    if how == signal.SIGTERM:
+        assert os.listdir(tmp_path) == []
+    write_shards(tiny_folder, tmp_path / "tars")
+    assert len(datasets.build_dataset(False, tmp_path / "tars")[0]) == 11
+
+
+def test_a_write_that_fails_leaves_nothing(tiny_folder, tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(shards, "replace", lambda *_: full(None))
+    with pytest.raises(OSError, match="No space left"):
+        write_shards(tiny_folder, tmp_path / "tars")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind, mode", [("BMP", "RGB"), ("TIFF", "RGB"), ("TIFF", "L"), ("PPM", "RGB")])
+def test_formats_that_shards_do_not_know_become_png_of_the_same_pixels(tmp_path, kind, mode, command):
+    folder = tmp_path / "data" / "train" / "a"
+    folder.mkdir(parents=True)
+    (folder / f"0.{dict(TIFF='tif').get(kind, kind.lower())}").write_bytes(picture(77, kind, mode=mode))
+    (folder / "1.png").write_bytes(picture(1))
+    said = command("shards", tmp_path / "data", tmp_path / "tars")
+    assert said == f"train: 2 images of 1 classes, 1 of them {kind} files, now PNG\n"
+    found, _ = datasets.build_dataset(True, tmp_path / "tars", "IMNET", plain)
+    folders, _ = datasets.build_dataset(True, tmp_path / "data", "IMNET", plain)
+    assert {found.name(i).rpartition(".")[2] for i in range(2)} == {"png"}
+    for image, _, index in found:
+        assert torch.equal(image, folders[int(Path(found.name(index)).stem)][0])
+
+
+def test_an_unreadable_image_is_not_written(tmp_path, command):
+    folder = tmp_path / "data" / "train" / "a"
+    folder.mkdir(parents=True)
+    (folder / "0.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit) as caught:
+        command("shards", tmp_path / "data", tmp_path / "tars")
+    assert caught.value.code.startswith(f"error: cannot read the image {folder}/0.png (") and os.listdir(tmp_path) == ["data"]
+
+
+def test_shards_can_be_read_by_those_who_may_read_the_folder(tiny_folder, tmp_path):
+    write_shards(tiny_folder, tmp_path / "tars")
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (tmp_path / "tars").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask
+
+
+# ---- the whole way ----
+
+@pytest.mark.parametrize("words", [("shards", "nowhere", "target"), ("index", "nowhere")])
+def test_command_with_a_wrong_path(command, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        command(*words)
+    assert caught.value.code.startswith("error: nowhere has neither train/ nor val/")
+
+
+def test_a_bit_of_a_header_through_the_command_line(shards_root, tmp_path, run_main):
+    """Seven of twelve images and status 0, it was."""
+    root = shutil.copytree(shards_root, tmp_path / "data")
+    (root / "val" / "index.json").unlink()
+    shard = root / "val" / "000001.tar"
+    data = bytearray(shard.read_bytes())
+    data[headers(shard)[4] + 20] ^= 1
+    shard.write_bytes(data)
+    done = run_main("--data-path", root, "--device=cpu")
+    assert done.returncode == 2 and re.fullmatch(rf"error: cannot read the shard {shard} \(the header at byte \d+ is damaged, after "
+                                                 r"\d+\.cls\): write it again\n", done.stderr), done.stderr
+
+
+# ---- mutated tars and indexes ----
+
+@pytest.fixture(scope="module")
+def mutable(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz") / "train"
+    write_tar(folder / "x.tar", pairs(4) + [("9.png", picture(6)), ("9.json", b'{"label": 0}')])
+    found = shards.write_index(folder)
+    return folder, {path.name: path.read_bytes() for path in folder.iterdir()}, len(found.records)
+
+
+def read_mutated(folder, images):
+    """Everything is read right, or is one line."""
+    try:
+        found = ShardedImages(shards.find(folder), plain)
+        assert len(found) == images
+    except ValueError as error:
+        assert len(str(error).splitlines()) == 1 and str(folder) in str(error)
+        return
+    for i in range(len(found)):
+        assert str(folder) in found.name(i)
+        try:
+            image, label, _ = found[i]
+        except decode.DataError as error:
+            assert len(str(error).splitlines()) == 1 and str(folder) in str(error)
+        else:
+            assert image.shape != (3, 6, 8) or which(image) >= 4 or label == which(image) % 3
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_mutated_tars_and_indexes(mutable, data):
+    folder, files, images = mutable
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    name = data.draw(st.sampled_from(sorted(files)))
+    content = bytearray(files[name])
+    if data.draw(st.booleans()):
+        (folder / "index.json").unlink()
+        (folder / "index.npy").unlink()
+        name = "x.tar"
+        content = bytearray(files[name])
+    for _ in range(data.draw(st.integers(0, 3))):
+        place = 512 * data.draw(st.integers(0, (len(content) - 1) // 512)) + data.draw(st.integers(0, 511))
+        if place < len(content):
+            content[place] = data.draw(st.integers(0, 255))
+            header = place // 512 * 512
+            if name == "x.tar" and data.draw(st.booleans()) and header + 512 <= len(content):  # a header whose sum is right again
+                content[header + 148:header + 156] = b" " * 8
+                content[header + 148:header + 156] = b"%06o\0 " % sum(content[header:header + 512])
+    content = content[:data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
+    (folder / name).write_bytes(content)
+    read_mutated(folder, images)
+
+
+KEYS = ["classes", "shards", "bytes", "named", "crc32"]
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda inner: st.lists(
+    inner, max_size=3) | st.dictionaries(st.sampled_from([*KEYS, "x.tar", "shardlist"]), inner), max_leaves=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(content=JSON, keys=st.sets(st.sampled_from(KEYS)))
+def test_an_index_of_any_types(mutable, content, keys):
+    folder, files, images = mutable
+    for name, right in files.items():
+        (folder / name).write_bytes(right)
+    if isinstance(content, dict):
+        right = json.loads(files["index.json"])
+        content |= {key: right[key] for key in keys}
+    (folder / "index.json").write_text(json.dumps(content))
+    read_mutated(folder, images)
