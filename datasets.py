@@ -4,7 +4,6 @@
     python datasets.py shards FOLDER DIR      # class folders as webdataset tar shards in DIR, a new or empty folder
     python datasets.py index DIR              # find the images of shards once, instead of at every start
 """
-import json
 import os
 import signal
 import sys
@@ -17,137 +16,160 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets
 
+import inaturalist
 import labels
 import shards
-from decode import UnreadableImage
+from decode import READ_ERRORS, load_rgb, open_file, reason
+from folders import ClassFolders
 from transforms import build_transform  # noqa: F401  upstream's place for it
+from utils import shown
 
 
 def build_dataset(is_train, data_path, data_set="IMNET", transform=None, inat_category="name", seed=0):
-    """The training or validation set and its class names. Raises ValueError for data that is not there or not right."""
-    root, split = Path(data_path), "train" if is_train else "val"
-    if data_set == "DIGITS" and not (root / "train").is_dir():
+    """The training or validation set and its class names. Raises ValueError for data that is not there or not right.
+
+    What a log should say of the data is the set's `notes`.
+    """
+    root = Path(data_path)
+    if data_set == "DIGITS" and not os.path.isdir(root / "train"):
         write_digits(root)
-    if not root.is_dir():
-        raise ValueError(f"--data-path {root}: no such folder")
-    if data_set in ("CIFAR", "CIFAR10"):
-        kind = datasets.CIFAR100 if data_set == "CIFAR" else datasets.CIFAR10
-        try:
-            found = kind(root, train=is_train)
-        except RuntimeError as error:
-            raise ValueError(f"--data-path {root}: no intact {kind.base_folder} in it: unpack {kind.filename} "
-                             "there") from error
-        names = [f"{split} image {i} of {kind.base_folder}" for i in range(len(found))]
-        return NamedImages(found, names, transform, found.classes), found.classes
-    if data_set in ("INAT", "INAT19"):
-        found = INatDataset(root, is_train, 2018 if data_set == "INAT" else 2019, inat_category)
-        return NamedImages(found, [path for path, _ in found.samples], transform, found.classes), found.classes
-    if not (root / split).is_dir():
-        raise ValueError(f"--data-path {root}: it has no folder {split}/ (expected train/ and val/)")
-    if tars := shards.find(root / split):
-        found = shards.ShardedImages(tars, transform)
-        return found, found.classes
     try:
-        found = datasets.ImageFolder(root / split)
-    except FileNotFoundError as error:
-        raise ValueError(f"--data-path {root}: {str(error).splitlines()[0].rstrip('.')}: every class is a folder in {split}/ with "
-                         "at least one image") from error
-    return NamedImages(found, [path for path, _ in found.samples], transform, found.classes), found.classes
+        found = os.listdir(root)
+    except OSError as error:
+        why = "no such folder" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else reason(error)
+        raise ValueError(f"--data-path {shown(root)}: {why}") from error
+    try:
+        if data_set in ("CIFAR", "CIFAR10"):
+            dataset = CIFARImages(root, is_train, datasets.CIFAR100 if data_set == "CIFAR" else datasets.CIFAR10, transform)
+        elif data_set in ("INAT", "INAT19"):
+            found = inaturalist.read(root, is_train, 2018 if data_set == "INAT" else 2019, inat_category)
+            dataset = ImageFiles(*found, transform)
+        else:
+            dataset = read_split(root, "train" if is_train else "val", found, transform)
+    except ValueError as error:
+        raise ValueError(f"--data-path {shown(root)}: {error}") from error
+    return dataset, dataset.classes
 
 
-def build_datasets(data_path, data_set, train_transform, val_transform, inat_category="name", seed=0, with_train=True, class_map=None):
-    """-> (training set or None, validation set, class names); the two must have the same classes, which are numbered as in train/.
+def build_datasets(data_path, data_set, train_transform, val_transform, inat_category="name", seed=0, with_train=True, class_map=None,
+                   with_val=True):
+    """-> (training set, validation set, class names): the same classes, numbered as in train/. What is not wanted is None.
 
     class_map: as labels.read_class_map gives it; with it some class may have no validation image.
     """
-    val, classes = build_dataset(False, data_path, data_set, val_transform, inat_category)
+    val, classes = build_dataset(False, data_path, data_set, val_transform, inat_category) if with_val else (None, None)
     if not with_train:
         return None, val, classes
     train, train_classes = build_dataset(True, data_path, data_set, train_transform, inat_category, seed)
+    if not with_val:
+        return train, None, train_classes
+    if len(classes) == 1 < len(train_classes) and not {labels.normal(classes[0])} <= set(map(labels.normal, train_classes)):
+        raise ValueError(f"--data-path {shown(data_path)}: val/ is flat: its images lie in one folder, {shown(classes[0])}/, and "
+                         f"train/ has {len(train_classes)} classes: put each image into the folder of its class, val/CLASS/")
     labels.compare(train_classes, classes, data_path, class_map)
     val.numbering = labels.decide(train_classes).of(classes)
     return train, val, train_classes
 
 
-class NamedImages(Dataset):
-    """(transformed image, class, index): by the index `name` says what it was; an unreadable image says its path.
+def read_split(root, split, found, transform):
+    """Class folders or shards in root/split. found: the names in root."""
+    if not os.path.isdir(root / split):
+        raise ValueError(f"it has no folder {split}/ (expected train/ and val/)" + elsewhere(root, split, found))
+    if tars := shards.find(root / split):
+        return shards.ShardedImages(tars, transform)
+    folders = ClassFolders(root / split)
+    return ImageFiles(folders.paths, folders.labels, folders.classes, folders.notes(), transform)
 
-    numbering: the output of the network for each of `classes`, where it is not the class's own number.
+
+def elsewhere(root, split, found):
+    """Where what should be root/split may be, and what to do. found: the names in root."""
+    alike = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation", "test")}[split]
+    if others := [shown(name) for word in alike for name in sorted(found) if name.lower() == word and os.path.isdir(root / name)]:
+        return f", but {', '.join(f'{name}/' for name in others)}: rename it, or link it: ln -s {others[0]} {shown(root / split)}"
+    if below := [name for name in sorted(found) if os.path.isdir(root / name / split)]:
+        return f", but {shown(below[0])}/ has: --data-path {shown(root / below[0])}"
+    return "; --no-eval trains without" if split == "val" else ""
+
+
+class NamedImages(Dataset):
+    """(transformed image, class, index); `name` says what the image of an index is.
+
+    classes: names. numbering: the output of the network for each of them, where it is not the class's own number. notes: what
+    a log should say of the data.
     """
 
-    def __init__(self, dataset, names, transform=None, classes=()):
-        self.dataset, self.names, self.transform, self.classes, self.numbering = dataset, names, transform, classes, None
-
-    def __len__(self):
-        return len(self.dataset)
+    def __init__(self, classes, transform=None, notes=()):
+        self.classes, self.transform, self.notes, self.numbering = classes, transform, list(notes), None
 
     def __getitem__(self, index):
-        try:
-            image, target = self.dataset[index]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UnreadableImage(f"cannot read the image {self.name(index)} ({str(error).splitlines()[0]}): "
-                                  "replace it or remove it") from error
-        target = target if self.numbering is None else self.numbering[target]
-        return self.transform(image) if self.transform else image, target, index
+        image, label = self.load(index)
+        label = label if self.numbering is None else self.numbering[label]
+        return self.transform(image) if self.transform else image, label, index
+
+
+class ImageFiles(NamedImages):
+    """names: the images' paths; targets: their classes' numbers: both flat arrays, so that forked workers share them.
+
+    An image that cannot be read is an UnreadableImage with its path.
+    """
+
+    def __init__(self, names, targets, classes, notes=(), transform=None):
+        super().__init__(classes, transform, notes)
+        self.names, self.targets = names, targets
+
+    def __len__(self):
+        return len(self.names)
+
+    def load(self, index):
+        return load_rgb(self.names[index]), int(self.targets[index])
 
     def name(self, index):
         return self.names[int(index)]
 
 
-class INatDataset(Dataset):
-    """iNaturalist 2018 and 2019, from their own JSON files. A class is what `category` says of the species.
+class CIFARImages(NamedImages):
+    """CIFAR-10 or CIFAR-100, whose files torchvision compares with their checksums and reads."""
 
-    Classes are numbered as upstream numbers them: by their first annotation in the training file.
-    """
-
-    def __init__(self, root, is_train, year, category):
-        def read(name):
-            try:
-                return json.loads((root / name).read_text())
-            except (OSError, ValueError) as error:
-                raise ValueError(f"--data-path {root}: cannot read {name} ({error.__class__.__name__}): iNaturalist {year} needs "
-                                 f"train{year}.json, val{year}.json and categories.json") from error
-
-        levels = {int(entry["id"]): str(entry[category]) for entry in read("categories.json")}
-        train = read(f"train{year}.json")
-        self.classes = list(dict.fromkeys(levels[int(a["category_id"])] for a in train["annotations"]))
-        number = {name: i for i, name in enumerate(self.classes)}
-        part = train if is_train else read(f"val{year}.json")
-        species = {a["image_id"]: int(a["category_id"]) for a in part["annotations"]}
-        self.samples = [(self.find(root, image["file_name"]), number[levels[species[image["id"]]]])
-                        for image in part["images"]]
-
-    @staticmethod
-    def find(root, file_name):
-        """The archive's path, or upstream's, which leaves out the super-category."""
-        path, parts = root / file_name, Path(file_name).parts
-        if len(parts) == 4 and not (root / parts[0] / parts[1]).is_dir():
-            path = root / parts[0] / parts[2] / parts[3]
-        return str(path)
+    def __init__(self, root, is_train, kind, transform=None):
+        try:
+            for name, _ in [*kind.train_list, *kind.test_list, [kind.meta["filename"], None]]:
+                if os.path.exists(path := root / kind.base_folder / name):
+                    open_file(path).close()  # torchvision would wait for a FIFO
+            self.images = kind(root, train=is_train)
+        except READ_ERRORS as error:
+            why = "" if type(error) is RuntimeError else f" ({reason(error)})"
+            raise ValueError(f"no intact {kind.base_folder} in it{why}: unpack {kind.filename} there") from error
+        super().__init__(self.images.classes, transform)
+        self.split = "train" if is_train else "val"
 
     def __len__(self):
-        return len(self.samples)
+        return len(self.images)
 
-    def __getitem__(self, index):
-        path, target = self.samples[index]
-        return Image.open(path).convert("RGB"), target
+    def load(self, index):
+        return self.images[index]
+
+    def name(self, index):
+        return f"{self.split} image {int(index)} of {self.images.base_folder}"
 
 
 def write_digits(folder):
     """scikit-learn's digits, 8 x 8 scans, as class folders: every fifth image validates. Never half-written."""
     from sklearn.datasets import load_digits
     digits = load_digits()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-        for i, (pixels, label) in enumerate(zip(digits.images, digits.target)):
-            path = Path(made, "digits", "val" if i % 5 == 4 else "train", str(label), f"{i:04d}.png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray((pixels * 255 / 16).round().astype(np.uint8)).save(path)
-        try:
-            os.rename(Path(made, "digits"), folder)
-        except OSError as error:  # another rank was faster, or the folder holds something else
-            if not (folder / "train").is_dir():
-                raise ValueError(f"{folder} is not empty and holds no digits: choose another --data-path") from error
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+            for i, (pixels, label) in enumerate(zip(digits.images, digits.target)):
+                path = Path(made, "digits", "val" if i % 5 == 4 else "train", str(label), f"{i:04d}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray((pixels * 255 / 16).round().astype(np.uint8)).save(path)
+            try:
+                os.rename(Path(made, "digits"), folder)
+            except OSError as error:  # another rank was faster, or something else stands there
+                if not os.path.isdir(folder / "train"):
+                    raise ValueError(f"{shown(folder)} is not empty and holds no digits: choose another --data-path") from error
+    except OSError as error:
+        raise ValueError(f"the digits cannot be written to {shown(folder)} ({reason(error)}): choose another --data-path") from error
 
 
 def write_shards(source, target, maxcount=5000):
@@ -168,9 +190,10 @@ def write_shards(source, target, maxcount=5000):
             images, classes = build_dataset(split == "train", source)
             if isinstance(images, shards.ShardedImages):
                 raise ValueError(f"{source / split} holds shards already: python datasets.py index {source} makes their index")
-            converted = shards.write(Path(made, "shards", split), images.dataset.samples, classes, maxcount)
+            converted = shards.write(Path(made, "shards", split), list(zip(images.names, images.targets.tolist())), classes, maxcount)
             said.append(f"{split}: {len(images)} images of {len(classes)} classes" + "".join(
                 f", {count} of them {kind} files, now PNG" for kind, count in converted.items()))
+            said += images.notes[1:]  # what was left out
         os.rename(Path(made, "shards"), target)
     return said
 

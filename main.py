@@ -102,7 +102,7 @@ def preprocessing_of(args, content):
 
 
 def build_data(args, ranks, preprocessing=transforms.TWINS):
-    """-> training loader (None for an evaluation), validation loader, class names"""
+    """-> training loader (None for an evaluation), validation loader (None for --no-eval), class names"""
     small = args.data_set in ("CIFAR", "CIFAR10") and args.input_size == 32
     transform = partial(datasets.build_transform, input_size=args.input_size, native_size=small, preprocessing=preprocessing)
     train_transform = transform(
@@ -110,13 +110,14 @@ def build_data(args, ranks, preprocessing=transforms.TWINS):
         reprob=args.reprob, remode=args.remode, recount=args.recount, hflip=args.hflip, crop_scale=args.crop_scale)
     train, val, classes = datasets.build_datasets(
         args.data_path, args.data_set, train_transform, transform(is_train=False), args.inat_category, args.seed,
-        with_train=not (args.eval or args.throughout), class_map=read_class_map(args))
+        with_train=not (args.eval or args.throughout), class_map=read_class_map(args),
+        with_val=args.eval or args.throughout or not args.no_eval)
     loader = partial(loaders.build_loader, batch_size=args.batch_size, workers=args.num_workers,
                      seed=args.seed, pin_memory=args.pin_mem and devices.pins_memory(ranks.device),
                      start_method=devices.worker_start_method(ranks.device))
     train_loader = train and loader(train, True, rank=ranks.rank, ranks=ranks.world_size, repeated_aug=args.repeated_aug)
     shared = dict(rank=ranks.rank, ranks=ranks.world_size) if args.dist_eval else {}
-    return train_loader, loader(val, False, **shared), classes
+    return train_loader, val and loader(val, False, **shared), classes
 
 
 def read_class_map(args):
@@ -174,7 +175,7 @@ def load_weights(args, net, content, path, numbering, say):
 
 def named(error, epoch, dataset, ranks):
     """The NonFiniteLoss of all ranks: where it began, with the files of the images. Every rank must call this."""
-    own = error.step, [str(dataset.name(name)) for name in error.names]
+    own = error.step, [utils.shown(dataset.name(name)) for name in error.names]
     found = [own] * ranks.world_size
     if ranks.world_size > 1:
         dist.all_gather_object(found, own)
@@ -315,6 +316,9 @@ def main(args):
     if preprocessing != transforms.TWINS:
         say(f"note: images are prepared as these weights want them: {preprocessing}")
     train_loader, val_loader, classes = build_data(args, ranks, preprocessing)
+    for found in filter(None, (train_loader, val_loader)):
+        for note in getattr(found.dataset, "notes", ()):
+            say(note)
     numbering = number_classes(args, [loader.dataset for loader in (train_loader, val_loader) if loader], classes, content, path)
     for note in numbering.notes:
         say(f"note: {note}")

@@ -126,7 +126,7 @@ def test_folder_with_every_fault(run, tiny_folder, tmp_path):
     images = found["image"]
     assert len(images) == 2 and all(level == "fail" and message.endswith(": replace it or remove it") for level, message in images)
     assert f"cannot read the image {cut} (image file is truncated" in images[0][1]
-    assert f"cannot read the image {text} (cannot identify image file" in images[1][1]
+    assert f"cannot read the image {text} (no image of a known format" in images[1][1]
     assert found["train decode"] == [("fail", "23 of 24 images looked at are readable, of 24 - replace or remove the others")]
     assert found["val decode"] == [("fail", "12 of 13 images looked at are readable, of 13 - replace or remove the others")]
     [(level, text)] = found["same file twice"]
