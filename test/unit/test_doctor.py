@@ -149,7 +149,7 @@ def test_class_folders_that_differ(monkeypatch, tiny_folder, tmp_path):
     for path in (data / "val" / "oak").iterdir():
         path.unlink()
     [(level, name, text)] = doctor.child("data")
-    assert (level, name) == ("fail", "data") and "no valid file for the classes oak" in text and text.endswith("at least one image")
+    assert (level, name) == ("fail", "data") and "no image in the class folders oak" in text and text.endswith("at least one image")
 
 
 def test_shards_while_torch_npu_ends_the_process(run, package, tiny_folder, tmp_path):
@@ -179,7 +179,7 @@ def test_sample_of_the_images(tiny_folder, tmp_path, full):
     count, wrong = doctor.look_at(train, 2, doctor.argparse.Namespace(full=True, images=1))
     assert count == 24 and len(wrong) == 8 and wrong[0].endswith("temple/00.jpg has the label 2, of 2 classes: write it again")
     assert doctor.same_files(train.names, val.names, args) == (11 if full else 5, [])
-    assert doctor.same_files(train.names, val.names + train.names[3:4], doctor.argparse.Namespace(full=True)) == (
+    assert doctor.same_files(train.names, [*val.names, train.names[3]], doctor.argparse.Namespace(full=True)) == (
         12, [(train.names[3], train.names[3])])
     write_shards(tiny_folder, tmp_path, maxcount=10)
     shards, _ = datasets.build_dataset(True, tmp_path)
