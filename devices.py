@@ -9,9 +9,12 @@ import multiprocessing
 import os
 import random
 import resource
+import socket
 import sys
+import time
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
 
 def asked_for(argv):
@@ -116,13 +119,69 @@ def choose(asked, local_rank=0, local_world=1):
     return torch.device(name, wanted)
 
 
+def environment():
+    """What torchrun says of the processes: {RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE}, and MASTER_PORT where there are several.
+
+    Raises ValueError for what cannot be: ranks that wait for one that does not exist wait for ever.
+    """
+    how = "torchrun sets it (torchrun --nproc_per_node=8 main.py ...); unset it for one process"
+    values = {}
+    for name, default in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1, MASTER_PORT=29500).items():
+        text = os.environ.get(name) or str(default)
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise ValueError(f"{name}={text!r} is not a whole number: {how}")
+        values[name] = int(text)
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if values[size] < 1:
+            raise ValueError(f"{size}=0, and a training is one process at least: {how}")
+        if values[rank] >= values[size] and (os.environ.get(size) or rank == "RANK"):
+            raise ValueError(f"{rank}={values[rank]} is none of {values[size]} ({size}), which count from 0: {how}")
+    if values["WORLD_SIZE"] > 1:
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+            raise ValueError(f"WORLD_SIZE={values['WORLD_SIZE']}, but there is no {' and no '.join(missing)}: torchrun sets them all "
+                             "(torchrun --nproc_per_node=8 main.py ...); unset WORLD_SIZE for one process")
+        if not 0 < values["MASTER_PORT"] < 2**16:
+            raise ValueError(f"MASTER_PORT={values['MASTER_PORT']} is no port: a number from 1 to 65535")
+    return values
+
+
+def rendezvous(rank, world_size):
+    """The store through which the ranks find each other. Raises DeviceError where they do not in MASTER_TIMEOUT seconds (300)."""
+    text = os.environ.get("MASTER_TIMEOUT") or "300"
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 10**6):
+        raise ValueError(f"MASTER_TIMEOUT={text!r} is not a number of seconds")
+    if rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # else this process is who the others ask
+        reach(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(text))
+    store, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=int(text))))
+    store.set_timeout(timedelta(minutes=30))  # torch's own, for what comes later
+    return dist.PrefixStore("default_pg", store)
+
+
+def reach(host, port, seconds, clock=time.monotonic, sleep=time.sleep):
+    """Wait until something answers at host:port: torch's own wait fills the log with traces, and does not say why."""
+    start, said = clock(), False
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=10).close()
+            return
+        except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host at all
+            reason = getattr(error, "strerror", None) or str(error)
+        waited = clock() - start
+        if waited >= seconds:
+            raise DeviceError(f"nothing answers at {host}:{port} ({reason}), where MASTER_ADDR and MASTER_PORT say rank 0 is: is it the "
+                              f"right machine, and does rank 0 run? (MASTER_TIMEOUT={seconds} seconds are over)")
+        if waited > 5 and not said:  # rank 0 may be a little later
+            print(f"waiting {seconds} seconds at most for rank 0 at {host}:{port} ({reason})", file=sys.stderr, flush=True)
+            said = True
+        sleep(min(1.0, seconds - waited))
+
+
 def init_distributed_mode(asked="auto"):
     """Choose this process's device, set it up and join the others that torchrun started. -> Ranks
 
     Host tensors are reduced by gloo and device tensors by NCCL or HCCL, in one process group.
     """
-    env = {name: int(os.environ.get(name, default)) for name, default in
-           dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1).items()}
+    env = environment()
     device = choose(asked, env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -134,33 +193,81 @@ def init_distributed_mode(asked="auto"):
     if env["WORLD_SIZE"] > 1:
         own = {"cuda": "nccl", "npu": "hccl"}.get(device.type)
         try:
-            dist.init_process_group(f"cpu:gloo,{device.type}:{own}" if own else "gloo",
-                                    device_id=device if own else None)
+            dist.init_process_group(f"cpu:gloo,{device.type}:{own}" if own else "gloo", device_id=device if own else None,
+                                    store=rendezvous(env["RANK"], env["WORLD_SIZE"]), rank=env["RANK"], world_size=env["WORLD_SIZE"])
         except Exception as error:
             raise explain(error) from error
     return Ranks(device, env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"])
 
 
 def explain(error):
-    """The error itself, or a DeviceError that says in one line what a known failure means."""
-    text = str(error)
+    """The error itself, or a DeviceError that says in one line what a known failure means.
+
+    A ValueError says itself what is wrong, and may quote a file's name that sounds like one of these.
+    """
+    if isinstance(error, (ValueError, ArithmeticError, DeviceError)):
+        return error
+    text = "std::bad_alloc" if isinstance(error, MemoryError) else str(error).lower()
+    return next((DeviceError(remedy) for sign, remedy in known_failures().items() if sign.lower() in text), error)
+
+
+def known_failures():
+    """What torch, NCCL, HCCL, gloo and the system say, and what it means: the first that fits, so the closer one first."""
     port = os.environ.get("MASTER_PORT", "29500")
+    master = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{port}"
     memory = "the device is out of memory: use a smaller --batch-size (and --accum-steps), or --grad-checkpointing"
-    for sign, remedy in {
+    host_memory = "this machine is out of memory: use a smaller --batch-size or --input-size, or fewer --num_workers"
+    name = ("the name of a machine cannot be resolved: look at MASTER_ADDR and /etc/hosts; every machine must know its own name "
+            "(getent hosts $(hostname)), or say the network's address as MASTER_ADDR")
+    network = "the ranks cannot reach each other: GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network between them (see: ip addr)"
+    nccl = "NCCL failed between the GPUs: look for a rank that ended in the log above; NCCL_DEBUG=INFO before the start says why"
+    late = "a rank waited too long for another: look for one that died, or does something else for long, in the log above"
+    driver = "the NVIDIA driver is older than this torch's CUDA: update it, or install torch for an older CUDA"
+    return {
         "EADDRINUSE": f"port {port} is in use: another run has it; set MASTER_PORT to a free one",
         "address already in use": f"port {port} is in use: another run has it; set MASTER_PORT to a free one",
+        "clients joined": f"not every rank came to {master} in time (MASTER_TIMEOUT seconds): look for one that died, and "
+                          "whether MASTER_ADDR is the machine of rank 0",
+        "while trying to connect to": f"rank 0 cannot be reached at {master}: look at MASTER_ADDR and MASTER_PORT, and whether it runs",
+        "Name or service not known": name,
+        "nodename nor servname": name,
+        "Temporary failure in name resolution": name,
+        "No address associated with hostname": name,
+        "cannot be retrieved (gai error": name,
+        "Unable to resolve hostname": name,
+        "Unable to find address for": network,
+        "Unable to find interface": network,
+        "No route to host": network,
+        "Network is unreachable": network,
+        "Connection refused": f"a rank refused the connection (rank 0 is at {master}): look for one that ended in the log above",
+        "Duplicate GPU detected": "two ranks compute on the same GPU: LOCAL_RANK picks it, and torchrun sets it",
+        "Watchdog caught collective operation timeout": late,
+        "Timed out waiting": late,
+        "wait timeout after": late,
+        "ncclSystemError": nccl,
+        "ncclRemoteError": nccl,
+        "ncclInternalError": nccl,
+        "ncclUnhandledCudaError": nccl,
         "EI0006": "HCCL: the ranks did not find each other in time (EI0006): look for a rank that died or is late in "
                   "the log above; HCCL_CONNECT_TIMEOUT is the limit in seconds",
         "EI0002": "HCCL: a rank waited too long for another (EI0002): look for a rank that died in the log above; "
                   "HCCL_EXEC_TIMEOUT is the limit in seconds",
         "CUDA out of memory": memory,
         "NPU out of memory": memory,
+        "CUBLAS_STATUS_ALLOC_FAILED": memory,
+        "DefaultCPUAllocator": host_memory,
+        "Cannot allocate memory": host_memory,
+        "std::bad_alloc": host_memory,
+        "no kernel image is available": "this torch has no code for this GPU: install the build of torch that supports it",
+        "driver on your system is too old": driver,
+        "driver version is insufficient": driver,
+        "device-side assert": "a kernel on the GPU stopped, most often for a class number that the model has not: CUDA_LAUNCH_BLOCKING=1 "
+                              "before the start, or --device cpu, shows where",
+        "uncorrectable ECC": "the GPU's memory is damaged (ECC): look at `nvidia-smi`, and take another card",
+        "fallen off the bus": "the GPU is gone: look at `nvidia-smi` and `dmesg`, and take another card",
         "No NPUs are available": "no NPU is visible: look at `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES, or use "
                                  "--device cpu",
-    }.items():
-        if sign.lower() in text.lower():
-            return DeviceError(remedy)
-    return error
+    }
 
 
 def set_tensor_float(device, fp32, hf32):

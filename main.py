@@ -399,8 +399,8 @@ def complain(error, training):
     else:
         traceback.print_exception(error)
         return 1
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if local_rank and not training:
+    local_rank = os.environ.get("LOCAL_RANK", "0").strip("0")  # as it stands: it may be what is wrong
+    if local_rank.isdigit() and not training:
         time.sleep(10)  # every rank knows the same: let the first one say it, and torchrun end the others
     print(f"error: {text}" if not local_rank else f"error (rank {os.environ.get('RANK')}): {text}", file=sys.stderr, flush=True)
     return status

@@ -1,6 +1,7 @@
 """What a machine computes on: the choice, its errors, precision and scalers. Devices that are not here are stand-ins."""
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -395,3 +396,131 @@ def test_each_device_gets_its_fastest_correct_optimizer(monkeypatch, device, opt
 def test_the_npus_optimizer_runs_nowhere_else():
     with pytest.raises(ValueError, match="--opt npufusedadamw runs on an NPU, not on cpu: use --opt adamw"):
         devices.optimizer_flavour(CPU, "npufusedadamw")
+
+
+# ---- finding each other ----
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MASTER_TIMEOUT",
+            "TORCHELASTIC_USE_AGENT_STORE")
+
+
+@pytest.fixture
+def surroundings(monkeypatch):
+    def put(words):
+        for name in TORCHRUN:
+            monkeypatch.delenv(name, raising=False)
+        for word in words.split():
+            monkeypatch.setenv(*word.split("="))
+    return put
+
+
+@pytest.mark.parametrize("words, said", [
+    ("RANK=5 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=1", "RANK=5 is none of 2 (WORLD_SIZE), which count from 0"),
+    ("RANK=1", "RANK=1 is none of 1 (WORLD_SIZE)"),
+    ("RANK=2 WORLD_SIZE=2", "RANK=2 is none of 2 (WORLD_SIZE)"),
+    ("RANK=-1 WORLD_SIZE=2", "RANK='-1' is not a whole number"),
+    ("RANK=one WORLD_SIZE=2", "RANK='one' is not a whole number"),
+    ("RANK=²", "RANK='²' is not a whole number"),
+    ("WORLD_SIZE=0", "WORLD_SIZE=0, and a training is one process at least"),
+    ("WORLD_SIZE=2.5", "WORLD_SIZE='2.5' is not a whole number"),
+    ("WORLD_SIZE=99999999999999999999", "WORLD_SIZE='99999999999999999999' is not a whole number"),
+    ("WORLD_SIZE=2", "WORLD_SIZE=2, but there is no RANK and no MASTER_ADDR and no MASTER_PORT"),
+    ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=x", "WORLD_SIZE=2, but there is no MASTER_PORT"),
+    ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=x MASTER_PORT=abc", "MASTER_PORT='abc' is not a whole number"),
+    ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=x MASTER_PORT=0", "MASTER_PORT=0 is no port"),
+    ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=x MASTER_PORT=65536", "MASTER_PORT=65536 is no port"),
+    ("LOCAL_RANK=x", "LOCAL_RANK='x' is not a whole number"),
+    ("LOCAL_RANK=2 LOCAL_WORLD_SIZE=2", "LOCAL_RANK=2 is none of 2 (LOCAL_WORLD_SIZE)"),
+    ("LOCAL_WORLD_SIZE=0", "LOCAL_WORLD_SIZE=0, and"),
+])
+def test_processes_that_cannot_be_are_said_before_anybody_waits(surroundings, words, said):
+    surroundings(words)
+    with pytest.raises(ValueError, match=r"torchrun|port") as caught:
+        devices.init_distributed_mode("cpu")
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("words, rank, world, local", [
+    ("", 0, 1, 0), ("WORLD_SIZE=1", 0, 1, 0), ("RANK= WORLD_SIZE=", 0, 1, 0), ("MASTER_ADDR=nowhere MASTER_PORT=0", 0, 1, 0),
+    ("RANK=3 WORLD_SIZE=8 LOCAL_RANK=3 LOCAL_WORLD_SIZE=4 MASTER_ADDR=a MASTER_PORT=29500", 3, 8, 3),
+    ("RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 MASTER_ADDR=a MASTER_PORT=29500", 1, 2, 1)])
+def test_processes_that_can_be(surroundings, words, rank, world, local):
+    surroundings(words)
+    found = devices.environment()
+    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == (rank, world, local)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds + 1e-3
+
+
+@pytest.mark.parametrize("host, reason", [
+    ("127.0.0.1", "refused"), ("no-such-host.invalid", "nown|resolution|hostname"), ("a..b", "label|nown"), ("x" * 80 + ".y", "long|nown")])
+def test_an_unreachable_rank_0_is_said_soon_and_ends_in_time(capsys, host, reason):
+    clock = Clock()
+    with pytest.raises(devices.DeviceError, match=f"nothing answers at {host}:1 .*({reason}).*MASTER_TIMEOUT=7"):
+        devices.reach(host, 1, 7, clock, clock.sleep)
+    assert 7 <= clock.now < 9
+    said = capsys.readouterr().err
+    assert said.startswith(f"waiting 7 seconds at most for rank 0 at {host}:1 (") and said.count("\n") == 1
+
+
+def test_a_rank_0_that_comes_late_is_found():
+    clock = Clock()
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+
+        def sleep(seconds):
+            clock.sleep(seconds)
+            if clock.now > 3:
+                server.listen()
+
+        devices.reach("127.0.0.1", server.getsockname()[1], 60, clock, sleep)
+    assert 3 < clock.now < 10
+
+
+def test_an_unreachable_rank_0_through_the_command_line(run_main):
+    done = run_main("--data-path=x", "--device=cpu", env=dict(
+        RANK="1", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1", MASTER_TIMEOUT="1"), timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith("error: nothing answers at 127.0.0.1:1 (") and done.stderr.count("\n") == 1
+
+
+def test_a_wrong_rank_through_the_command_line(run_main):
+    done = run_main("--data-path=x", "--device=cpu", env=dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="nonsense"), timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error (rank 0): LOCAL_RANK='nonsense' is not a whole number: torchrun") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("message, remedy", [
+    ("The client socket has timed out after 3000ms while trying to connect to (a, 1).", "rank 0 cannot be reached at node7:29712"),
+    ("Timed out after 4 seconds waiting for clients. 1/2 clients joined.", "not every rank came to node7:29712"),
+    ("The IPv6 network addresses of (a, 1) cannot be retrieved (gai error: -2 - Name or service not known).", "cannot be resolved"),
+    ("[/pytorch/third_party/gloo] rv: getaddrinfo: Temporary failure in name resolution", "cannot be resolved"),
+    ("[enforce fail at gloo/transport/tcp/device.cc:83] ifa != nullptr. Unable to find address for: ib0", "GLOO_SOCKET_IFNAME"),
+    ("[gloo/transport/tcp/pair.cc:144] no error: Connection refused", "look for one that ended"),
+    ("[gloo] Timed out waiting 1800000ms for recv operation to complete", "a rank waited too long for another"),
+    ("NCCL error in: NCCLUtils.cpp:77, ncclInvalidUsage. Duplicate GPU detected : rank 0 and rank 1 both on CUDA device", "LOCAL_RANK"),
+    ("NCCL error: unhandled system error, ncclSystemError: System call failed", "NCCL_DEBUG=INFO"),
+    ("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.", "out of memory"),
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "out of memory"),
+    ("CUDA error: no kernel image is available for execution on the device", "the build of torch"),
+    ("The NVIDIA driver on your system is too old (found version 11040).", "update it"),
+    ("CUDA error: device-side assert triggered", "class number"),
+])
+def test_more_known_failures(monkeypatch, message, remedy):
+    monkeypatch.setenv("MASTER_ADDR", "node7")
+    monkeypatch.setenv("MASTER_PORT", "29712")
+    told = devices.explain(RuntimeError(f"{message}\nException raised from somewhere\nframe #0"))
+    assert isinstance(told, devices.DeviceError) and remedy in str(told) and "\n" not in str(told)
+    said = ValueError(f"there is no folder '{message}'")
+    assert devices.explain(said) is said, "a name that sounds like a failure"
+
+
+def test_no_memory_left_for_python():
+    assert "this machine is out of memory" in str(devices.explain(MemoryError()))
