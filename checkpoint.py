@@ -1,7 +1,7 @@
 """What survives a crash? Checkpoints: save, find, read, load, adapt to another head.
 
 A checkpoint is a plain dict of CPU tensors, numbers and strings: {model, optimizer, schedule, scaler, model_ema, epoch,
-best_accuracy, options, classes}. It reads with weights_only on any device, and is never half-written.
+best_accuracy, options, classes, preprocessing}. It reads with weights_only on any device, and is never half-written.
 """
 import argparse
 import os
@@ -96,8 +96,9 @@ def load_weights(model, state, path="the checkpoint"):
     if missing or unexpected or shapes:
         parts = [f"{title} {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
                  for title, keys in (("missing keys:", missing), ("unexpected keys:", unexpected), ("other shapes:", shapes)) if keys]
-        remedy = "it was trained on another number of classes" if not missing and not unexpected and all(
-            "head" in s.split(" ")[0] for s in shapes) else "it is of another model (--model)"
+        remedy = ("it is of another model (--model)" if missing or unexpected else
+                  "it was trained on another number of classes" if all("head" in s.split(" ")[0] for s in shapes) else
+                  "it was trained at another --input-size, or is of another model (--model)")
         raise ValueError(f"{path} does not fit: {remedy}; {'; '.join(parts)}")
     model.load_state_dict(state)
 

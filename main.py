@@ -282,7 +282,7 @@ def recipe(args, ranks, precision, peak_lr, optimizer, schedule, net, train_load
         "Recipe",
         f"  model          {args.model}, {sum(p.numel() for p in net.parameters()):,} parameters, {net.num_classes} classes, "
         f"{args.input_size} pixels",
-        f"  images         {preprocessing}",
+        f"  images         {preprocessing}" + (f", crops {args.train_interpolation}" if args.train_interpolation else ""),
         f"  device         {devices.describe(ranks.device)}, world size {ranks.world_size}",
         f"  precision      {precision.name}",
         f"  global batch   {per_step * args.accum_steps} = {args.batch_size} x {ranks.world_size} ranks x "

@@ -71,6 +71,8 @@ def create(name, num_classes, input_size, *, pretrained=False, drop=0.0, drop_pa
                 raise ValueError(f"{option} {name}: {first_line(error)}: this model of timm's does not train here") from error
             lacks.append(unknown[1])
         except Exception as error:
+            if pretrained and is_ours(name):
+                raise ValueError(first_line(error)) from error
             if pretrained:
                 raise ValueError(f"{option} {name}: cannot fetch the published weights ({first_line(error)}): check the network, or "
                                  "give them as a file") from error
@@ -86,38 +88,39 @@ def create(name, num_classes, input_size, *, pretrained=False, drop=0.0, drop_pa
     if distilled and hasattr(net, "set_distilled_training"):
         net.set_distilled_training(True)
     if not is_ours(name):
-        try_out(net, name, num_classes, input_size, grad_checkpointing, own_size(config), option)
+        try_out(net, name, num_classes, input_size, own_size(config), option)
+        if grad_checkpointing:
+            try_checkpointing(net, name, input_size)
     return net, notes
 
 
-def try_out(net, name, num_classes, input_size, grad_checkpointing, own, option="--model"):
-    """One image through `net`, and back where blocks are recomputed: what does not fit ends here in one line."""
-    training, image = net.training, torch.zeros(1, 3, input_size, input_size)
-    net.eval()  # statistics stay as they are
+def try_out(net, name, num_classes, input_size, own, option="--model"):
+    """One image through `net`: what does not fit ends here, in one line and before anything is written."""
+    training = net.training
     try:
-        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(grad_checkpointing):
-            logits = net(image)
-            if grad_checkpointing:
-                logits.sum().backward()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            logits = net.eval()(torch.zeros(1, 3, input_size, input_size))  # statistics stay as they are
     except Exception as error:
-        fits = f"its own size is --input-size {own}" if own != input_size else "this model of timm's does not train here"
-        remedy = "train it without --grad-checkpointing" if grad_checkpointing and runs(net, image) else fits
+        remedy = f"its own size is --input-size {own}" if own != input_size else "this model of timm's does not train here"
         raise ValueError(f"{option} {name} fails on an image of {input_size} pixels ({first_line(error)}): {remedy}") from error
-    net.zero_grad(set_to_none=True)
-    net.train(training)
+    net.train(training)  # and what some keep for an evaluation is forgotten
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, num_classes):
         given = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ValueError(f"{option} {name}: it gives {given} for an image, not logits of {num_classes} classes: it is no classifier")
 
 
-def runs(net, image):
-    net.set_grad_checkpointing(False)
+def try_checkpointing(net, name, input_size):
+    """Two images forth and back as in training: some models fail only where they recompute. The statistics are put back."""
+    before = [buffer.clone() for buffer in net.buffers()]
     try:
-        with torch.no_grad():
-            net(image)
-        return True
-    except Exception:
-        return False
+        with torch.random.fork_rng(devices=[]):
+            outputs = net.train()(torch.zeros(2, 3, input_size, input_size))
+            (sum(outputs) if isinstance(outputs, tuple) else outputs).sum().backward()
+    except Exception as error:
+        raise ValueError(f"--grad-checkpointing: {name} cannot recompute its blocks ({first_line(error)}): train it without") from error
+    net.zero_grad(set_to_none=True)
+    for buffer, value in zip(net.buffers(), before):
+        buffer.copy_(value)
 
 
 def preprocessing(name, input_size, content=None, published=False):

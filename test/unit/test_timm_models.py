@@ -115,7 +115,19 @@ def test_a_model_that_is_no_classifier_is_one_line():
         def forward(self, images):
             return images.mean((2, 3)), images
     with pytest.raises(ValueError, match=r"^--model encoder: it gives tuple for an image, not logits of 3 classes"):
-        networks.try_out(Encoder(), "encoder", 3, 32, False, 32)
+        networks.try_out(Encoder(), "encoder", 3, 32, 32)
+
+
+def test_a_model_that_recomputes_in_training_only_is_tried_so():
+    """LeViT keeps its biases in an evaluation: its blocks cannot be recomputed there, and can in training."""
+    torch.manual_seed(1)
+    expected = timm.create_model("levit_128s", num_classes=3, img_size=64).state_dict()
+    torch.manual_seed(1)
+    net = build("levit_128s", "--input-size=64", "--grad-checkpointing", "--distillation-type=hard", "--teacher-model=x")
+    assert all(torch.equal(value, expected[key]) for key, value in net.state_dict().items())
+    assert net.training and all(parameter.grad is None for parameter in net.parameters())
+    sum(logits.square().sum() for logits in net(torch.randn(2, 3, 64, 64))).backward()
+    assert net.head.linear.weight.grad.abs().max() > 0
 
 
 def test_checkpointed_blocks_have_the_same_gradients():
@@ -173,6 +185,12 @@ def test_fine_tuning_to_other_classes_changes_every_head(name):
     assert classes == 10 and anew is not content
 
 
+def test_weights_of_another_size_are_told_apart_from_those_of_another_model():
+    state = timm.create_model("levit_128s", num_classes=3).state_dict()
+    with pytest.raises(ValueError, match=r"it was trained at another --input-size, or is of another model \(--model\); other shapes: "):
+        checkpoint.load_weights(timm.create_model("levit_128s", num_classes=3, img_size=64), state)
+
+
 def test_a_distilled_model_is_fine_tuned_to_other_classes_from_the_command_line(works, tmp_path):  # noqa: F811
     name = "levit_128s"
     torch.save({"model": timm.create_model(name, num_classes=10, img_size=64).state_dict()}, tmp_path / "ten.pth")
@@ -200,6 +218,15 @@ def test_evaluated_pixels_are_timms(name, size):
     for width, height in ((300, 200), (70, 91)):
         image = photograph(width, height)
         assert torch.equal(ours(image), create_transform(**expected)(image))
+
+
+def test_every_published_model_is_prepared_as_timm_says():
+    names = timm.list_models(pretrained=True)
+    assert len(names) > 1000
+    for name in names:
+        config = networks.configuration(name)
+        found, expected = Preprocessing.published(config, config["input_size"][-1]).save(), resolve_data_config({}, config)
+        assert found == {key: expected[key] for key in found}, name
 
 
 def test_twins_pixels_stay_as_they_are():
