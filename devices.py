@@ -16,6 +16,8 @@ import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
+import versions
+
 
 def asked_for(argv):
     """The value of --device on a command line without its index: cpu, cuda, npu or auto."""
@@ -39,7 +41,12 @@ def explain_import(error):
         reason = str(error.__cause__ or error).strip().splitlines()[-1]
         return (f"torch_npu does not load ({reason}): torch and torch_npu must have the same version and torch must be "
                 "a CPU-only build; or train without an NPU: --device cpu")
-    return f"torch does not load ({str(error).strip().splitlines()[0]}): pip install -r requirements.txt"
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "torch" in sys.modules and "torchvision" in text:
+        torch, found = sys.modules["torch"].__version__, versions.installed("torchvision")
+        return (f"torchvision {found or ''} does not load beside torch {torch} ({reason}): it must be torch's own, in version and kind: "
+                f"{versions.install(torch, not versions.cuda_build())}" + (" --force-reinstall --no-deps" if found else ""))
+    return f"torch does not load ({reason}): pip install -r requirements.txt"
 
 
 if asked_for(sys.argv) in ("cpu", "cuda"):
@@ -48,7 +55,8 @@ if asked_for(sys.argv) in ("cpu", "cuda"):
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 try:
     import torch
-except (ImportError, RuntimeError, OSError) as error:
+    import torchvision  # noqa: F401  another build's does not load, and timm and the data would be the first to meet it
+except (ImportError, RuntimeError, OSError, AttributeError) as error:
     raise ImportError(explain_import(error)) from error
 
 import numpy as np

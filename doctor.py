@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import hashlib
 import importlib.metadata
-import importlib.util
 import itertools
 import math
 import os
@@ -32,13 +31,11 @@ from functools import partial
 from pathlib import Path
 
 import options
+import versions
+from versions import cuda_build, installed, release
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 PARAMETERS = 24_060_776  # of alt_gvt_small
-CPU_TORCH = "install the CPU-only build of torch {}, from PyTorch's CPU index"
-# CANN that torch_npu's releases were published for (its version table): torch's version, {from .postN on: CANN}
-CANN_PAIRS = {"2.7.1": {0: "8.3", 2: "8.5", 4: "9.0", 8: "9.1"}, "2.8.0": {0: "8.3", 2: "8.5", 4: "9.0"},
-              "2.9.0": {0: "8.5", 2: "9.0", 6: "9.1"}, "2.10.0": {0: "9.0", 4: "9.1"}, "2.11.0": {0: "9.1"}, "2.12.0": {0: "9.1"}}
 
 
 def row(level, name, what, *remedy):
@@ -50,25 +47,6 @@ ok, warn, fail = (partial(row, level) for level in ("ok", "warn", "fail"))
 
 
 # ---- versions, without importing ----
-
-def installed(name):
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def release(version):
-    return tuple(int(n) for n in re.match(r"(?:\d+(?:\.\d+)*)?", version)[0].split(".") if n)
-
-
-def cuda_build():
-    """The CUDA version of the installed torch, or None: read in its files."""
-    spec = importlib.util.find_spec("torch")
-    file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
-    found = re.search(r"^cuda\b[^=]*= *'([^']+)'", file.read_text(), re.M) if file and file.is_file() else None
-    return found and found[1]
-
 
 def wants_npu(args):
     auto = args.device == "auto" and installed("torch_npu") and os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0"
@@ -83,16 +61,22 @@ def check_versions():
     except ImportError:  # matplotlib needs it, so a Python without it lacks more
         yield fail("packaging", "not installed", "pip install -r requirements.txt")
         return
+    torch = installed("torch")  # remedies keep it: what needs torch would bring another
     for line in Path(__file__).with_name("requirements.txt").read_text().splitlines():
         if not (line := line.partition("#")[0].strip()):
             continue
         wanted = Requirement(line)
         name, version = wanted.name, installed(wanted.name)
         unfit = [part.operator for part in wanted.specifier if version and not part.contains(version, prereleases=True)]
+        demanded = torch and version and name == "torchvision" and versions.misfit(importlib.metadata.requires(name), torch)
+        remedy = (versions.install(torch, not cuda_build()) if torch and name == "torchvision" else
+                  f'pip install "{line}"' + (f" torch=={versions.plain(torch)}" if torch and name == "timm" else ""))
         if version is None or ">=" in unfit:
-            yield fail(name, f"{version} is too old" if version else "not installed", f'pip install "{line}"')
+            yield fail(name, f"{version} is too old" if version else "not installed", remedy)
+        elif demanded:
+            yield fail(name, f"{version} is for torch {demanded}, not for {torch}", remedy)
         elif unfit:
-            yield warn(name, f"{version} is newer than what was tried", f'if something fails: pip install "{line}"')
+            yield warn(name, f"{version} is newer than what was tried", f"if something fails: {remedy}")
         else:
             kind = (f", for CUDA {cuda_build()}" if cuda_build() else ", CPU-only") if name == "torch" else ""
             yield ok(name, version + kind)
@@ -100,19 +84,23 @@ def check_versions():
 
 def check_torch_npu(args):
     torch, torch_npu, bad = installed("torch") or "0", installed("torch_npu"), fail if wants_npu(args) else warn
-    same = ".".join(map(str, release(torch_npu or torch)[:3]))
+    same = versions.torch_of_npu(torch_npu or torch)
+    cpu_torch = versions.install(same, cpu_only=True, with_torch=True)
     if torch_npu is None:
         wanted = args.device.startswith("npu") or list(Path("/dev").glob("davinci[0-9]*"))
-        yield (bad("torch_npu", "not installed", f"{CPU_TORCH.format(same)}, then pip install torch_npu=={same}") if wanted else
-               ok("torch_npu", "not installed, and only NPUs need it"))
+        yield (bad("torch_npu", "not installed", f"{cpu_torch}, then pip install torch_npu=={same}, or a .post of it for this CANN")
+               if wanted else ok("torch_npu", "not installed, and only NPUs need it"))
         return
     if args.device.startswith(("npu", "auto")) and os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
         yield bad("torch_npu", "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading it", "unset TORCH_DEVICE_BACKEND_AUTOLOAD")
     if release(torch)[:3] != release(torch_npu)[:3]:
-        yield bad("torch_npu", f"{torch_npu} beside torch {torch}: the versions must be the same", CPU_TORCH.format(same))
+        yield bad("torch_npu", f"{torch_npu} beside torch {torch}: the versions must be the same", cpu_torch)
     elif cuda_build():
-        yield bad("torch_npu", f"{torch_npu} beside a torch for CUDA {cuda_build()}: together they end every process",
-                  f"{CPU_TORCH.format(same)}, or train with --device cuda or cpu")
+        kind, known = f"{torch_npu} beside a torch for CUDA {cuda_build()}", release(torch)[:2] >= versions.ABORTS_BESIDE_CUDA
+        yield (bad("torch_npu", f"{kind}: together they end every process", f"{cpu_torch}, or train with --device cuda or cpu")
+               if known else
+               warn("torch_npu", f"{kind}: " + ("trained on simulated NPUs, but torch_npu was published for a CPU-only torch"
+                    if versions.plain(torch) in versions.TRAINS_BESIDE_CUDA else "not tried"), f"if it ends the process: {cpu_torch}"))
     else:
         yield ok("torch_npu", f"{torch_npu}, the same as torch")
 
@@ -126,8 +114,7 @@ def check_torch_npu(args):
     files = itertools.chain(home.glob("*install.info"), home.glob("*/*install.info"), home.glob("version.cfg"))
     found = re.search(r"version *= *\[?(?:[\d.]+:)?(\d+\.\d+[\w.]*)", "\n".join(file.read_text("latin-1") for file in files), re.I)
     version = found[1] if found else "of unknown version"
-    post = int((re.findall(r"\.post(\d+)", torch_npu) or [0])[0])
-    wanted = next((cann for first, cann in reversed(CANN_PAIRS.get(same, {}).items()) if first <= post), None)
+    wanted = versions.cann_for(torch_npu)
     if wanted and release(version)[:2] != release(wanted):
         yield warn("CANN", f"{version}, but torch_npu {torch_npu} was published for {wanted}",
                    f"if something fails, install CANN {wanted} or this CANN's torch_npu")
@@ -152,8 +139,7 @@ def check_device(args):
         import datasets  # noqa: F401
         import gvt  # noqa: F401
     except (ImportError, RuntimeError, AttributeError) as error:
-        yield fail("import the rest", str(error).partition("\n")[0], "pip install -r requirements.txt; this torch needs torchvision "
-                   f"0.{release(torch.__version__)[1] + 15}, of the same kind, CUDA or CPU-only")
+        yield fail("import the rest", str(error).partition("\n")[0], "pip install -r requirements.txt")
         return
     yield ok("import the rest", "datasets.py, gvt.py and what they need")
 
@@ -367,8 +353,9 @@ def child(name, *extra, limit=None):
                   -signal.SIGKILL: "the system ended it, most likely for its memory: fewer --num_workers",
                   }.get(status, f"see all of it: {' '.join(command)}")
         if doing == "import torch" and status < 0 and (torch_npu := installed("torch_npu")):
-            same = ".".join(map(str, release(torch_npu)[:3]))
-            remedy = f"torch must be CPU-only and {same}, as torch_npu: {CPU_TORCH.format(same)}; or train with --device cpu"
+            same = versions.torch_of_npu(torch_npu)
+            cpu_torch = versions.install(same, cpu_only=True, with_torch=True)
+            remedy = f"torch must be CPU-only and {same}, as torch_npu: {cpu_torch}; or train with --device cpu"
         yield fail(doing, f"the process died ({how}): {said[-1].removeprefix('what():').strip()[:200]}", remedy)
 
 

@@ -18,7 +18,8 @@ class NonFiniteLoss(ArithmeticError):
 
 def add_over_ranks(values):
     """Sums of host numbers over all ranks, in double precision."""
-    totals = torch.tensor(values, dtype=torch.float64)
+    # it stays alive: torch 2.7 waits for gloo's thread, with the interpreter locked, while that thread frees a Python tensor
+    totals = add_over_ranks.last = torch.tensor(values, dtype=torch.float64)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(totals)
     return totals.tolist()

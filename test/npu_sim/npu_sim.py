@@ -10,6 +10,7 @@ import atexit
 import collections
 import contextlib
 import ctypes
+import inspect
 import json
 import os
 import sys
@@ -608,12 +609,14 @@ NPU_KERNELS = {
     "_amp_foreach_non_finite_check": amp_foreach_non_finite_check,
 }
 _libraries = {}
+# torch 2.7 overrides without being asked
+OVERRIDE = {"allow_override": True} if "allow_override" in inspect.signature(torch.library.Library.impl).parameters else {}
 
 
 def _override(namespace, name, fn, *keys):
     library = _libraries.setdefault(namespace, torch.library.Library(namespace, "IMPL"))
     for key in keys or ("PrivateUse1",):
-        library.impl(name, fn, key, allow_override=True)
+        library.impl(name, fn, key, **OVERRIDE)
 
 
 def _overload(name):

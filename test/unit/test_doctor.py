@@ -17,7 +17,7 @@ import doctor
 from datasets import write_shards
 
 TORCH = importlib.metadata.version("torch").partition("+")[0]
-CPU_TORCH = "install the CPU-only build of torch {}, from PyTorch's CPU index"
+CPU_TORCH = "pip install torch==2.13.0 torchvision==0.28.0 --index-url https://download.pytorch.org/whl/cpu"
 AUTOLOAD = "[torch.backends]\ntorch_npu = torch_npu:_autoload\n"
 ABORTS = """
 import os
@@ -226,11 +226,11 @@ def test_torch_npu_that_sees_no_npu(run, package):
 
 @pytest.mark.parametrize(("torch", "cuda", "torch_npu", "device", "level", "text"), [
     ("2.13.0+cpu", None, "2.13.0.post3", "npu", "ok", "2.13.0.post3, the same as torch"),
-    ("2.14.1", None, "2.13.0", "npu", "fail", f"2.13.0 beside torch 2.14.1: the versions must be the same - {CPU_TORCH.format('2.13.0')}"),
-    ("2.14.1", None, "2.13.0", "auto", "fail", f"2.13.0 beside torch 2.14.1: the versions must be the same - {CPU_TORCH.format('2.13.0')}"),
-    ("2.14.1", None, "2.13.0", "cpu", "warn", f"2.13.0 beside torch 2.14.1: the versions must be the same - {CPU_TORCH.format('2.13.0')}"),
+    ("2.14.1", None, "2.13.0", "npu", "fail", f"2.13.0 beside torch 2.14.1: the versions must be the same - {CPU_TORCH}"),
+    ("2.14.1", None, "2.13.0", "auto", "fail", f"2.13.0 beside torch 2.14.1: the versions must be the same - {CPU_TORCH}"),
+    ("2.14.1", None, "2.13.0", "cpu", "warn", f"2.13.0 beside torch 2.14.1: the versions must be the same - {CPU_TORCH}"),
     ("2.13.0", "13.0", "2.13.0", "npu", "fail", "2.13.0 beside a torch for CUDA 13.0: together they end every process - "
-     f"{CPU_TORCH.format('2.13.0')}, or train with --device cuda or cpu"),
+     f"{CPU_TORCH}, or train with --device cuda or cpu"),
 ])  # fmt: skip
 def test_torch_beside_torch_npu(run, package, torch, cuda, torch_npu, device, level, text):
     package("torch", torch, ABORTS, version=f"from typing import Optional\ncuda: Optional[str] = {cuda!r}\n")
@@ -245,7 +245,8 @@ def test_torch_beside_torch_npu(run, package, torch, cuda, torch_npu, device, le
 def test_torch_npu_is_missing(run, no_torch):
     found = run("--device", "npu:1", PYTHONPATH=no_torch)
     if importlib.util.find_spec("torch_npu") is None:
-        assert found["torch_npu"] == [("fail", f"not installed - {CPU_TORCH.format('2.13.0')}, then pip install torch_npu==2.13.0")]
+        assert found["torch_npu"] == [("fail", f"not installed - {CPU_TORCH}, then pip install torch_npu==2.13.0, "
+                                       "or a .post of it for this CANN")]
 
 
 @pytest.mark.parametrize(("torch_npu", "file", "content", "level", "text"), [
@@ -255,8 +256,11 @@ def test_torch_npu_is_missing(run, no_torch):
     ("2.9.0.post1", "version.cfg", "# version: 1.0\nruntime_running_version=[7.5.0.5.220:8.5.0]\n", "ok", "8.5.0 in {home}, sourced"),
     ("2.10.0.post4", "version.cfg", "# version: 1.0\nruntime_running_version=[7.5.0.5.220:8.1.RC1]\n",
      "warn", "8.1.RC1, but torch_npu 2.10.0.post4 was published for 9.1 - if something fails, install CANN 9.1 or this CANN's torch_npu"),
-    ("2.13.0", "ascend_toolkit_install.info", "version=9.1.0\n", "ok",
-     "9.1.0 in {home}, sourced (no published pair for torch_npu 2.13.0 is known)"),
+    ("2.13.0", "ascend_toolkit_install.info", "version=9.2.0\n", "ok", "9.2.0 in {home}, sourced"),
+    ("2.7.1.post11", "version.cfg", "runtime_running_version=[7.5.0.5.220:9.1.0]\n",
+     "warn", "9.1.0, but torch_npu 2.7.1.post11 was published for 9.2 - if something fails, install CANN 9.2 or this CANN's torch_npu"),
+    ("2.99.0", "version.cfg", "runtime_running_version=[7.5.0.5.220:9.1.0]\n",
+     "ok", "9.1.0 in {home}, sourced (no published pair for torch_npu 2.99.0 is known)"),
 ])  # fmt: skip
 def test_cann(run, package, no_torch, tmp_path, torch_npu, file, content, level, text):
     home = tmp_path / "Ascend" / "ascend-toolkit" / "latest"
@@ -278,7 +282,7 @@ def test_old_and_missing_packages(run, package, no_torch):
     package("timm", "1.0.20")
     package("torchvision", "1.3.0")
     found = run(PYTHONPATH=no_torch)
-    assert found["timm"] == [("fail", '1.0.20 is too old - pip install "timm>=1.0.31,<2"')]
+    assert found["timm"] == [("fail", '1.0.20 is too old - pip install "timm>=1.0.31,<2" torch==2.13.0')]
     assert found["torchvision"][0][0] == "warn" and found["torchvision"][0][1].startswith("1.3.0 is newer than what was tried - ")
     assert found["numpy"] == [("ok", importlib.metadata.version("numpy"))]
 
