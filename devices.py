@@ -81,6 +81,10 @@ class DeviceError(RuntimeError):
     """A known failure of a device or of the communication between ranks, with its remedy in one line."""
 
 
+class LostConnection(DeviceError):
+    """This rank was cut off from the others: never the first thing that went wrong."""
+
+
 class NeedsRestart(Exception):
     """torch_npu is loaded, no NPU is visible and the run falls back to cpu or cuda: start again without torch_npu."""
 
@@ -208,6 +212,11 @@ def init_distributed_mode(asked="auto"):
     return Ranks(device, env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"])
 
 
+# What the store and gloo say on a rank whose peer, or torchrun's own process, has ended
+LOST_CONNECTION = ("connection reset by peer", "connection closed by peer", "connection was likely closed", "broken pipe",
+                   "recvvalue failed", "failed to recv, got 0 bytes", "recvbytes", "sendbytes")
+
+
 def explain(error):
     """The error itself, or a DeviceError that says in one line what a known failure means.
 
@@ -216,6 +225,8 @@ def explain(error):
     if isinstance(error, (ValueError, ArithmeticError, DeviceError)):
         return error
     text = "std::bad_alloc" if isinstance(error, MemoryError) else str(error).lower()
+    if isinstance(error, RuntimeError) and os.environ.get("WORLD_SIZE", "1") != "1" and any(sign in text for sign in LOST_CONNECTION):
+        return LostConnection("the connection to the other ranks was lost: one of them has ended, and said why, or was killed")
     return next((DeviceError(remedy) for sign, remedy in known_failures().items() if sign.lower() in text), error)
 
 

@@ -230,6 +230,8 @@ def build_epoch(args, ranks, run, train_loader, classes, preprocessing, say):
     """-> train_epoch(epoch, max_steps): train_one_epoch with all that stays the same"""
     criterion = losses.DistillationLoss(losses.Criterion(args.smoothing), build_teacher(args, classes, ranks.device, preprocessing, say),
                                         args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    if args.compile:
+        say("note: the first step compiles the model, which takes minutes (on a CPU ten and more); nothing is printed meanwhile")
     model = torch.compile(run.net) if args.compile else run.net
     if ranks.world_size > 1:
         model = devices.parallel(model, ranks.device, devices.is_flat(run.optimizer))
@@ -400,7 +402,7 @@ def complain(error, training):
         traceback.print_exception(error)
         return 1
     local_rank = os.environ.get("LOCAL_RANK", "0").strip("0")  # as it stands: it may be what is wrong
-    if local_rank.isdigit() and not training:
+    if (local_rank.isdigit() or isinstance(error, devices.LostConnection)) and not training:
         time.sleep(10)  # every rank knows the same: let the first one say it, and torchrun end the others
     print(f"error: {text}" if not local_rank else f"error (rank {os.environ.get('RANK')}): {text}", file=sys.stderr, flush=True)
     return status

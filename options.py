@@ -50,7 +50,7 @@ OPTIONS = {
         ("--attn",                 "fused",         str,   ("fused", "explicit"), "ours", "fused attention kernels, or the explicit formula"),
         ("--window-padding",       "zeros",         str,   ("zeros", "mask"),   "ours",  "padded windows: zeros as in the published models, or hidden from the real tokens"),
         ("--grad-checkpointing",   False,           SWITCH, None,               "timm",  "recompute the blocks in the backward pass: less memory, more time"),
-        ("--compile",              False,           SWITCH, None,               "timm",  "torch.compile the model"),
+        ("--compile",              False,           SWITCH, None,               "timm",  "torch.compile the model: minutes before the first step, on a CPU ten and more"),
         ("--model-ema",            False,           SWITCH, None,               "deit",  "keep an exponential moving average of the weights, evaluate it too; its accuracy decides the best"),
         ("--model-ema-decay",      0.9999,          float, None,                "timm",  "its decay an update"),
     ],

@@ -140,6 +140,9 @@ setup_env() { # [--test]
         info "$PROBLEM: installing into $setup_root/.venv, which takes some minutes" >&2
         local arguments=() file env=$setup_root/.venv pins=()
         for file in "${files[@]}"; do arguments+=(-r "$file"); done
+        if [[ ! -e $env/half-made ]] && "$env/bin/python" "$setup_root/versions.py" >"$env/kept.txt" 2>/dev/null; then
+            arguments+=(-c "$env/kept.txt") # a torch that is there stays: the newest torchvision would bring another
+        fi
         if [[ ${1:-} == --test && (! -e $env || -e $env/half-made) ]]; then pins=(-c "$setup_root/test/constraints.txt"); fi
         make_env "$env" "$base" "${arguments[@]}" "${pins[@]}" \
             || { [[ ${pins[*]} ]] && warn "the pinned versions cannot be had here: installing without pins" && make_env "$env" "$base" "${arguments[@]}"; } \
@@ -165,7 +168,7 @@ setup_npu_env() {
         if npu_env_works; then return; fi
         base=$(base_python python3.11) || { NPU_REASON="no Python of version 3.10 or newer that can make an environment"; return 1; }
         info "installing into $env, which takes some minutes" >&2
-        # "+cpu" asks for a CPU-only build: a CUDA build aborts next to torch_npu.
+        # "+cpu" asks for a CPU-only build: from 2.13 on, a CUDA build aborts next to torch_npu.
         if ! make_env "$env" "$base" 'torch==2.13.0+cpu' torch_npu -c "$setup_root/test/constraints-npu.txt" \
             -r "$setup_root/requirements.txt" -r "$setup_root/test/requirements.txt"; then
             NPU_REASON="a CPU-only build of torch 2.13.0 beside torch_npu 2.13.0 could not be installed (pip's last lines say why)"
