@@ -31,7 +31,7 @@ TORCH_NPU = {
     "2.13.0": "torch==2.13.0.*", "2.14.0": "torch==2.14.0.*"}
 TORCH = ["2.7.0", "2.7.1", "2.8.0", "2.9.0", "2.9.1", "2.10.0", "2.11.0", "2.12.0", "2.12.1", "2.13.0", "2.14.0", "2.14.1", "2.15.0"]
 OTHERS = {"timm": ("1.0.31", ["torch", "torchvision", "pyyaml", "huggingface-hub", "safetensors"]), "numpy": ("2.4.0", []),
-          "pillow": ("13.0.0", []), "einops": ("0.8.2", []), "webdataset": ("1.0.2", ["numpy", "pyyaml"]), "safetensors": ("0.8.0", []),
+          "pillow": ("13.0.0", []), "einops": ("0.8.2", []), "safetensors": ("0.8.0", []),
           "tqdm": ("4.70.0", []), "matplotlib": ("3.11.0", ["numpy", "packaging"]), "scikit-learn": ("1.9.0", ["numpy"]),
           "packaging": ("26.0", []), "pyyaml": ("6.0.3", []), "huggingface-hub": ("1.0.0", [])}
 READMES = ["README.md", "README.zh-CN.md"]
