@@ -17,6 +17,9 @@ import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
 
+import devices
+import engine
+import main
 import versions
 
 # As the released wheels state it (Linux x86_64): torchvision: what it requires of torch; torch_npu: the same
@@ -181,3 +184,32 @@ def test_torchvision_of_another_build_is_one_line(run_main, tmp_path, code, text
     assert done.returncode != 0 and line.startswith("error: torchvision ") and text in line
     assert f"does not load beside torch {torch}" in line
     assert f"torchvision=={versions.TORCHVISION[versions.plain(torch)]}" in line and line.endswith("--force-reinstall --no-deps")
+
+
+@pytest.mark.parametrize("sign", [
+    "[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1234", "recvValue failed on SocketImpl",
+    "[/gloo/transport/tcp/pair.cc:547] Read error: Connection reset by peer", "failed to recv, got 0 bytes", "writing: Broken pipe"])
+def test_a_lost_connection_is_one_line_and_not_the_first(monkeypatch, capsys, sign):
+    """Whoever lost the others waits for the one that knows why; alone, or from a file's reader, the words mean something else."""
+    waited = []
+    monkeypatch.setattr(main.time, "sleep", waited.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("RANK", rank)
+        try:
+            raise devices.explain(RuntimeError(sign)) from None  # as init_distributed_mode does
+        except RuntimeError as error:
+            assert main.complain(error, training=False) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: the connection to the other ranks was lost") and second.startswith("error (rank 1): the connection")
+    assert len(waited) == 2
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not isinstance(devices.explain(RuntimeError(sign)), devices.LostConnection)
+    assert not isinstance(devices.explain(ValueError(sign)), devices.LostConnection)
+
+
+def test_the_last_sum_over_ranks_stays_alive():
+    """torch 2.7 ends the process group with the interpreter locked, and then waits for the thread that frees this tensor."""
+    before = engine.add_over_ranks([1.0, 2.0])
+    assert before == [1.0, 2.0] == engine.add_over_ranks.last.tolist()
