@@ -66,7 +66,7 @@ def build_datasets(data_path, data_set, train_transform, val_transform, inat_cat
     if len(classes) == 1 < len(train_classes) and not {labels.normal(classes[0])} <= set(map(labels.normal, train_classes)):
         raise ValueError(f"--data-path {shown(data_path)}: val/ is flat: its images lie in one folder, {shown(classes[0])}/, and "
                          f"train/ has {len(train_classes)} classes: put each image into the folder of its class, val/CLASS/")
-    labels.compare(train_classes, classes, data_path, class_map)
+    labels.compare(train_classes, classes, data_path, class_map, [getattr(part, "named", True) for part in (train, val)])
     val.numbering = labels.decide(train_classes).of(classes)
     return train, val, train_classes
 

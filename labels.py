@@ -4,19 +4,21 @@ Names are what two of data, weights, teacher, shards and reports have in common;
 are compared in Unicode's form NFC. Where two meet, `decide` takes the first that holds:
 
 1. --class-map FILE says which output a name is. It contradicts the names of weights: an error (a new head in fine-tuning).
-2. The weights name their outputs (our checkpoints do). All of the data's names are among them: labels follow the weights'
+2. Labels that are only numbers (shards without names) are known by number. Where they meet names in another order, as 2 the
+   folder '2' that is the fifth of 0, 1, 10, 11, 2: an error, and in fine-tuning a new head.
+3. The weights name their outputs (our checkpoints do). All of the data's names are among them: labels follow the weights'
    outputs by name. The same names in the same order: silently. In another order, or only some of them: said. Fewer names
    than outputs can be evaluated, over all outputs; fine-tuning gives them a new head. Some name is not among them: an error,
    and in fine-tuning a new head, even where the number fits.
-3. ImageNet: weights that name nothing but have as many outputs as one of ImageNet's sets (1000: ImageNet-1k) have its outputs
-   where all of the data's names are its synsets (n01440764): by name, as in 2. Names that are numbers (ImageNet-V2's 0 to 999)
+4. ImageNet: weights that name nothing but have as many outputs as one of ImageNet's sets (1000: ImageNet-1k) have its outputs
+   where all of the data's names are its synsets (n01440764): by name, as in 3. Names that are numbers (ImageNet-V2's 0 to 999)
    are ImageNet-1k's own numbers where the weights have 1,000 outputs that are not named, or named by synsets: said.
-4. The weights name nothing, and have as many outputs as the data classes: a guess. Where the ways in which the usual loaders
+5. The weights name nothing, and have as many outputs as the data classes: a guess. Where the ways in which the usual loaders
    number names agree (torchvision: as strings; timm: numbers by value and without case), or a file says the data's order
    (--class-map, numbers in shards), the outputs are the data's classes in their order: said. Where they differ (0, 1, 10, 2),
    or the number of outputs is ImageNet's: an error for an evaluation and for a teacher, whose numbers would be wrong without a
    sign; a note where the head goes on learning.
-5. Anything else has another number of outputs: an error, and in fine-tuning a new head.
+6. Anything else has another number of outputs: an error, and in fine-tuning a new head.
 """
 import csv
 import json
@@ -38,20 +40,22 @@ def normal(name):
 
 @dataclass
 class Weights:
-    """What weights say of their outputs. names: by output, None: nothing; outputs: None where it is not known."""
+    """What weights say of their outputs. names: by output, None: nothing; outputs: how many, None where it is not known."""
     source: str
     outputs: int | None = None
     names: list | None = None
+    named: bool = True  # False: the names are only numbers, of shards without names
 
 
 @dataclass
 class Numbering:
     """Which output is which class. names: by output; index: {normal(name): output}; fresh: the weights' head does not fit and
-    starts anew; notes: what a user should know."""
+    starts anew; notes: what a user should know; named: the names are more than numbers."""
     names: list
     index: dict
     fresh: bool = False
     notes: list = field(default_factory=list)
+    named: bool = True
 
     def of(self, classes):
         """The outputs of a data set's classes, by their number there. None: they are its own numbers."""
@@ -80,6 +84,11 @@ def named_in(content):
     return list(names) if good else None
 
 
+def of_file(source, content, outputs):
+    """The Weights of a checkpoint, from what `checkpoint.read` returned."""
+    return Weights(str(source), outputs, named_in(content), not isinstance(content, dict) or content.get("named") is not False)
+
+
 def imagenet(outputs):
     """The synsets of the ImageNet set with so many classes, in the order that published weights have. None where there is none."""
     subset = infer_imagenet_subset({"num_classes": outputs})
@@ -102,10 +111,11 @@ def ambiguous(names):
     return list(names) == sorted(names) != sorted(names, key=natural)
 
 
-def decide(data, weights=None, class_map=None, use="train", stated=False):
+def decide(data, weights=None, class_map=None, use="train", stated=False, named=True):
     """The numbering of the data's classes, given in their order, for `use`: train, finetune, resume, evaluate, measure or teacher.
 
-    weights: a Weights, None without; class_map: as read_class_map gives it; stated: a file says the data's order.
+    weights: a Weights, None without; class_map: as read_class_map gives it; stated: a file says the data's order; named: the
+    data's names are more than numbers.
     Raises ValueError, in one line with the remedy.
     """
     data = list(data)
@@ -117,7 +127,7 @@ def decide(data, weights=None, class_map=None, use="train", stated=False):
     if class_map is not None:
         return by_map(data, weights, class_map, use)
     if weights is None:
-        return Numbering(data, index)
+        return Numbering(data, index, named=named)
     names, guessed = weights.names, None
     if names is None and weights.outputs:
         guessed = imagenet(weights.outputs)
@@ -131,12 +141,20 @@ def decide(data, weights=None, class_map=None, use="train", stated=False):
             found.notes.append(f"{weights.source}: 1000 outputs, taken for ImageNet-1k's in its order, and the data's class names for "
                                "its numbers; --class-map FILE says otherwise")
             return fit(found, data, weights, use)
+    if weights.names is not None and named != weights.named and data != weights.names[:len(data)]:
+        who = f"{weights.source} names its classes, {some(weights.names)}, and the data's labels are numbers only" if weights.named else (
+            f"the data name their classes, {some(data)}, and {weights.source} was trained on numbers only")
+        if use == "finetune":
+            return Numbering(data, index, True, [f"{who}, so the head starts anew"], named)
+        raise ValueError(f"{who}: {REMEDY}")
     if names is not None:
-        return by_name(data, index, names, weights, use)
+        found = by_name(data, index, names, weights, use)
+        found.named = named or (weights.named and not found.fresh)
+        return found
     if weights.outputs not in (None, len(data)):
         if use == "finetune":
             return Numbering(data, index, True, [
-                f"{weights.source}: its head has {weights.outputs} classes and the data {len(data)}, so the head starts anew"])
+                f"{weights.source}: its head has {weights.outputs} classes and the data {len(data)}, so the head starts anew"], named)
         remedy = "take a teacher of these classes: --teacher-path FILE" if use == "teacher" else REMEDY
         raise ValueError(f"{weights.source} was trained on another number of classes: it has {weights.outputs} outputs without names, and "
                          f"the data {len(data)} classes, {some(data)}: {remedy}")
@@ -147,7 +165,7 @@ def decide(data, weights=None, class_map=None, use="train", stated=False):
         raise ValueError(f"{unsaid}, and the data's classes have two orders, {some(sorted(data), 4)} and "
                          f"{some(sorted(data, key=natural), 4)}: {REMEDY}")
     return Numbering(data, index, False, [
-        f"{unsaid}: taken for the data's classes in their order, {some(data)}; --class-map FILE says otherwise"])
+        f"{unsaid}: taken for the data's classes in their order, {some(data)}; --class-map FILE says otherwise"], named)
 
 
 def by_name(data, index, names, weights, use):
@@ -232,9 +250,9 @@ def by_map(data, weights, class_map, use):
     return found
 
 
-def compare(train, val, path, class_map=None):
+def compare(train, val, path, class_map=None, named=(True, True)):
     """ValueError where the validation images are of other classes. A class that none of them is of needs --class-map, which
-    says that it is no mistake."""
+    says that it is no mistake. named: whether each split's names are more than numbers."""
     missing, unknown = ([name for name in a if normal(name) not in {normal(b) for b in others}]
                         for a, others in ((train, val), (val, train)))
     if unknown or (missing and class_map is None):
@@ -242,6 +260,9 @@ def compare(train, val, path, class_map=None):
         remedy = "make the folders agree" if unknown else "make the folders agree, or list all classes in --class-map FILE"
         raise ValueError(f"--data-path {path}: train/ has {len(train)} classes and val/ {len(val)}, and they differ: only in train {a}, "
                          f"only in val {b}: {remedy}")
+    if named[0] != named[1] and list(train) != list(val) and class_map is None:
+        raise ValueError(f"--data-path {path}: {'val' if named[0] else 'train'}/ has labels that are numbers only, and "
+                         f"{'train' if named[0] else 'val'}/ has names in another order: write the names into index.json, or {REMEDY}")
 
 
 def read_class_map(path):

@@ -67,19 +67,20 @@ class Reordered(torch.nn.Module):
         return self.net(images).index_select(1, self.outputs)
 
 
-def build_teacher(args, classes, device, preprocessing, say):
-    """The teacher, with outputs in the order of `classes`, the student's; it is shown the student's images as its own weights
-    want them. None without a distillation."""
+def build_teacher(args, student, device, preprocessing, say):
+    """The teacher, with outputs in the order of the student's, a labels.Numbering; it is shown the student's images as its own
+    weights want them. None without a distillation."""
     if args.distillation_type == "none":
         return None
     name, path, state = args.teacher_model, args.teacher_path, None
     config, content = networks.configuration(name, "--teacher-model"), checkpoint.read(path) if path else None
     if path:
         state = checkpoint.model_state(content, path)
-        weights = labels.Weights(path, checkpoint.outputs(state, networks.heads(config)[0]), labels.named_in(content))
+        weights = labels.of_file(path, content, checkpoint.outputs(state, networks.heads(config)[0]))
     else:
         weights = labels.Weights(f"--teacher-model {name}", config.get("num_classes"), config.get("label_names"))
-    numbering = labels.decide(classes, weights, use="teacher", stated=bool(args.class_map))
+    classes = student.names
+    numbering = labels.decide(classes, weights, use="teacher", stated=bool(args.class_map), named=student.named)
     for note in numbering.notes:
         say(f"note: {note}")
     size = networks.trained_size(config, content)
@@ -137,12 +138,13 @@ def number_classes(args, dataset_list, classes, content, path):
     weights, config = None, networks.configuration(args.model)
     if path:
         state = checkpoint.model_state(content, path, ema=args.eval and args.model_ema)
-        weights = labels.Weights(str(path), checkpoint.outputs(state, networks.heads(config)[0]), labels.named_in(content))
+        weights = labels.of_file(path, content, checkpoint.outputs(state, networks.heads(config)[0]))
     elif args.pretrained:
         weights = labels.Weights(f"--pretrained {args.model}", config.get("num_classes"), config.get("label_names"))
     use = ("evaluate" if args.eval else "measure" if args.throughout else
            "resume" if options.resume_file(args) else "finetune" if weights else "train")
-    found = labels.decide(classes, weights, read_class_map(args), use)
+    named = all(getattr(dataset, "named", True) for dataset in dataset_list)
+    found = labels.decide(classes, weights, read_class_map(args), use, named=named)
     for dataset in dataset_list:
         dataset.numbering = found.of(dataset.classes)
     return found
@@ -226,9 +228,10 @@ def global_batch(args, ranks):
     return args.batch_size * ranks.world_size * args.accum_steps
 
 
-def build_epoch(args, ranks, run, train_loader, classes, preprocessing, say):
+def build_epoch(args, ranks, run, train_loader, numbering, preprocessing, say):
     """-> train_epoch(epoch, max_steps): train_one_epoch with all that stays the same"""
-    criterion = losses.DistillationLoss(losses.Criterion(args.smoothing), build_teacher(args, classes, ranks.device, preprocessing, say),
+    teacher = build_teacher(args, numbering, ranks.device, preprocessing, say)
+    criterion = losses.DistillationLoss(losses.Criterion(args.smoothing), teacher,
                                         args.distillation_type, args.distillation_alpha, args.distillation_tau)
     if args.compile:
         say("note: the first step compiles the model, which takes minutes (on a CPU ten and more); nothing is printed meanwhile")
@@ -237,7 +240,7 @@ def build_epoch(args, ranks, run, train_loader, classes, preprocessing, say):
         model = devices.parallel(model, ranks.device, devices.is_flat(run.optimizer))
     mixup = transforms.FixedShapeMixup(
         args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
-        label_smoothing=args.smoothing, num_classes=len(classes)) if options.mixes(args) else None
+        label_smoothing=args.smoothing, num_classes=len(numbering.names)) if options.mixes(args) else None
 
     def train_epoch(epoch, max_steps):
         loaders.set_epoch(train_loader, epoch)
@@ -345,7 +348,7 @@ def main(args):
         run.load_state_dict(saved, saved_path)
         if args.sched == "plateau":
             say(f"plateau goes on at {run.optimizer.param_groups[0]['lr']:g}")
-    train_epoch = build_epoch(args, ranks, run, train_loader, numbering.names, preprocessing, say)
+    train_epoch = build_epoch(args, ranks, run, train_loader, numbering, preprocessing, say)
     folder = Path(args.output_dir) if args.output_dir and ranks.is_main else None
     moved = all_agree(ranks, lambda: prepare_output(folder, args, saved_path, run.epoch + 1) if folder else [])
     if moved:
@@ -356,11 +359,11 @@ def main(args):
     if run.epoch + 1 >= args.epochs:
         say(f"Nothing to train: epoch {run.epoch + 1} of {args.epochs} is next (--epochs)")
     started = time.perf_counter()
-    train(args, ranks, run, train_epoch, partial(test_epoch, run, evaluate, val_loader, say), folder, numbering.names, preprocessing)
+    train(args, ranks, run, train_epoch, partial(test_epoch, run, evaluate, val_loader, say), folder, numbering, preprocessing)
     say(f"Training time {timedelta(seconds=int(time.perf_counter() - started))}")
 
 
-def train(args, ranks, run, train_epoch, test, folder, classes, preprocessing):
+def train(args, ranks, run, train_epoch, test, folder, numbering, preprocessing):
     """The epochs that are left: train, test, save. folder: of checkpoints and log.txt, or None"""
     steps_left = args.max_step
     for epoch in range(run.epoch + 1, args.epochs):
@@ -377,7 +380,7 @@ def train(args, ranks, run, train_epoch, test, folder, classes, preprocessing):
                 "epoch": epoch, "n_parameters": sum(p.numel() for p in run.net.parameters() if p.requires_grad), **tests,
                 "max_acc1": max(run.best, 0.0), "fps": stats["fps"], "steps": stats["steps"], "world_size": ranks.world_size,
                 "global_batch": global_batch(args, ranks), "epoch_seconds": time.perf_counter() - started}
-            save_epoch(folder, row, dict(run.state_dict(), options=vars(args), classes=classes,
+            save_epoch(folder, row, dict(run.state_dict(), options=vars(args), classes=numbering.names, named=numbering.named,
                                          preprocessing=preprocessing.save()), improved)
         if last:
             break

@@ -1,11 +1,22 @@
 """Whose labels are these: names, class maps and ImageNet's numbers; through main.py the accuracy that is known."""
 import json
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
+import torch
+from PIL import Image
 from timm.data import ImageNetInfo
 
+import datasets
 import labels
+import main
+import networks
 from labels import Weights, decide
+
+MODEL = "test_convnext"
 
 TWELVE = sorted(map(str, range(12)))  # as folders are sorted: 0, 1, 10, 11, 2, ...
 SYNSETS = ImageNetInfo().label_names()
@@ -95,6 +106,37 @@ def test_a_class_map_allows_classes_without_validation_images():
     ({"classes": [1, 2]}, None), ({"classes": []}, None), ([1], None), ({"epoch": 3}, None)], ids=str)
 def test_names_that_a_checkpoint_records(content, names):
     assert labels.named_in(content) == names
+
+
+# ---- labels that are only numbers, of shards without names ----
+
+NUMBERS = [str(i) for i in range(12)]
+
+
+def test_numbers_and_names_in_another_order_are_a_doubt():
+    """Label 2 of a shard may be the folder '2', or the third of 0, 1, 10."""
+    for use in ("evaluate", "teacher", "resume", "measure"):
+        assert "the data's labels are numbers only: say which" in refusal(NUMBERS, Weights("w", 12, TWELVE), use=use, named=False)
+        assert "w was trained on numbers only: say which" in refusal(TWELVE, Weights("w", 12, NUMBERS, named=False), use=use)
+        assert decide(NUMBERS, Weights("w", 12, NUMBERS), use=use, named=False).notes == []
+    assert decide(NUMBERS, Weights("w", 12, TWELVE), use="finetune", named=False).fresh
+    found = decide(NUMBERS[:7], Weights("w", 12, NUMBERS, named=False), use="evaluate", named=False)
+    assert found.of(NUMBERS[:7]) is None and len(found.names) == 12 and not found.named
+    with pytest.raises(ValueError, match="val/ has labels that are numbers only, and train/ has names in another order"):
+        labels.compare(TWELVE, NUMBERS, "data", named=(True, False))
+    labels.compare(NUMBERS, NUMBERS, "data", named=(True, False))
+
+
+def test_imagenets_numbers_need_no_names():
+    places, _ = outputs([str(i) for i in range(1000)], Weights("w", 1000, SYNSETS[::-1]), use="evaluate", named=False)
+    assert places == list(range(999, -1, -1))
+
+
+def test_what_is_trained_on_numbers_is_known_to_be(tmp_path):
+    assert not decide(NUMBERS, named=False).named and decide(NUMBERS).named
+    assert decide(NUMBERS, class_map={str(i): i for i in range(12)}, named=False).named
+    assert labels.of_file("w", {"classes": NUMBERS, "named": False}, 12) == Weights("w", 12, NUMBERS, False)
+    assert labels.of_file("w", {"classes": NUMBERS}, 12).named and labels.of_file("w", [1], None).named
 
 
 # ---- weights that name nothing ----
@@ -229,3 +271,196 @@ def test_a_class_map_that_contradicts_the_weights():
     found = decide(["cat", "dog"], Weights("w", 2, ["cat", "dog"]), {"cat": 1, "dog": 0}, "finetune")
     assert found.fresh and found.names == ["dog", "cat"] and found.of(["cat", "dog"]) == [1, 0]
     assert decide(["cat", "dog"], Weights("w", 3), {"cat": 1, "dog": 0}, "finetune").fresh
+
+
+# ---- through main.py ----
+
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory):
+    """Twelve classes 0..11 of coloured noise, and weights whose head is solved for their training images in numeric order.
+
+    -> folder, state dict, logits (48, 12) and classes by number (48,) of the validation images, in the folders' order
+    """
+    root, rng = tmp_path_factory.mktemp("labels") / "twelve", np.random.default_rng(0)
+    colours = rng.integers(0, 256, (12, 2, 3)).repeat(16, 1)[:, :, None]  # two halves, one colour each
+    for split, count in (("train", 8), ("val", 4)):
+        for number, colour in enumerate(colours):
+            (root / split / str(number)).mkdir(parents=True)
+            for i in range(count):
+                pixels = (colour + rng.normal(0, 60, (32, 32, 3))).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / str(number) / f"{i}.png")
+    torch.manual_seed(0)
+    net = timm.create_model(MODEL, num_classes=12).eval()
+    transform = datasets.build_transform(False, input_size=32, preprocessing=networks.preprocessing(MODEL, 32, published=True))
+
+    @torch.no_grad()
+    def features(split):
+        images, classes = datasets.build_dataset(split == "train", root, "IMNET", transform)
+        images, targets, _ = zip(*(images[i] for i in range(len(images))))
+        y = torch.tensor([int(classes[i]) for i in targets])
+        return net.forward_head(net.forward_features(torch.stack(images)), pre_logits=True), y
+
+    x, y = features("train")
+    mean = x.mean(0)
+    centred = torch.cat([x - mean, torch.ones(len(x), 1)], 1).double()
+    solved = torch.linalg.solve(centred.T @ centred + 1e-3 * torch.eye(centred.shape[1]), centred.T @ torch.eye(12).double()[y]).float()
+    state = net.state_dict() | {"head.fc.weight": 10 * solved[:-1].T.contiguous(), "head.fc.bias": 10 * (solved[-1] - mean @ solved[:-1])}
+    x, y = features("val")
+    return root, state, x @ state["head.fc.weight"].T + state["head.fc.bias"], y
+
+
+def rearranged(state, outputs, total=None):
+    """The state with the row of class i at outputs[i]; other outputs never win."""
+    total = total or len(outputs)
+    weight, bias = torch.zeros(total, state["head.fc.weight"].shape[1]), torch.full((total,), -1e3)
+    weight[list(outputs)], bias[list(outputs)] = state["head.fc.weight"], state["head.fc.bias"]
+    return state | {"head.fc.weight": weight, "head.fc.bias": bias}
+
+
+def accuracy(logits, targets):
+    return f"{100 * (logits.argmax(1) == targets).double().mean().item():.3f}%"
+
+
+@pytest.fixture
+def evaluated(capsys, tmp_path):
+    """evaluated(data, content, *words) -> its notes on classes, and the accuracy that main.py says or its line of error"""
+    def start(data, content, *words):
+        torch.save(content, tmp_path / "w.pth")
+        status = main.run(["--device=cpu", "--eval", "--model", MODEL, "--input-size=32", "--num_workers=0", "--batch-size=16",
+                           "--data-path", str(data), "--resume", str(tmp_path / "w.pth"), *map(str, words)])
+        out, err = capsys.readouterr()
+        if status:
+            assert status == 2 and err.count("\n") == 1 and not out.count("Accuracy")
+            return out, err
+        notes = [line for line in out.splitlines() if line.startswith("note: ") and "images are prepared" not in line]
+        return notes, out.splitlines()[-1].partition("images: ")[2]
+    return start
+
+
+def test_weights_without_names_on_twelve_numbered_folders(twelve, evaluated, tmp_path, run_main):
+    """As a user starts it; without --class-map these weights would be evaluated as 0, 1, 10, 11, 2."""
+    data, state, logits, targets = twelve
+    right = accuracy(logits, targets)
+    assert float(right[:-1]) > 50, "the weights must be good, or the test shows nothing"
+    assert accuracy(logits, torch.tensor([TWELVE.index(str(int(i))) for i in targets])) != right
+    _, error = evaluated(data, state)
+    assert "does not say what its 12 outputs are, and the data's classes have two orders, ['0', '1', '10', '11', ...]" in error
+    write(tmp_path, "map.txt", "\n".join(NUMBERS))
+    done = run_main("--device=cpu", "--eval", "--model", MODEL, "--input-size=32", "--num_workers=0", "--data-path", data,
+                    "--resume", tmp_path / "w.pth", "--class-map", tmp_path / "map.txt")
+    assert done.returncode == 0 and done.stdout.endswith(f"Accuracy of the network on the 48 test images: {right}\n"), done.stderr
+    assert not done.stderr and "classes" not in done.stdout
+
+
+def test_weights_with_names_find_their_folders(twelve, evaluated):
+    data, state, logits, targets = twelve
+    order = np.random.default_rng(1).permutation(12).tolist()  # class i is output order[i]
+    names = [str(order.index(i)) for i in range(12)]
+    notes, found = evaluated(data, {"model": rearranged(state, order), "classes": names})
+    assert found == accuracy(logits, targets) and len(notes) == 1 and "in another order" in notes[0]
+    notes, found = evaluated(data, {"model": rearranged(state, [int(i) for i in map(TWELVE.index, NUMBERS)]), "classes": TWELVE})
+    assert found == accuracy(logits, targets) and not notes
+
+
+def test_some_of_the_classes_are_evaluated_over_all_outputs(twelve, evaluated, tmp_path):
+    data, state, logits, targets = twelve
+    some = shutil.copytree(data, tmp_path / "some", ignore=shutil.ignore_patterns("3", "7", "11"))
+    kept = torch.tensor([int(i) not in (3, 7, 11) for i in targets])
+    notes, found = evaluated(some, {"model": state, "classes": NUMBERS})
+    assert found == accuracy(logits[kept], targets[kept])
+    assert notes == [f"note: the data have 9 of the 12 classes of {tmp_path}/w.pth: accuracy is over all outputs"]
+    _, error = evaluated(some, state)
+    assert "12 outputs without names, and the data 9 classes" in error
+
+
+@pytest.mark.parametrize("kind", ["synsets", "numbers", "a map"])
+def test_weights_of_a_thousand_classes_on_twelve_of_them(twelve, evaluated, tmp_path, kind):
+    data, state, logits, targets = twelve
+    places = np.random.default_rng(2).permutation(1000)[:12].tolist()
+    names = {"synsets": [SYNSETS[i] for i in places], "numbers": [str(i) for i in places], "a map": [f"kind {i}" for i in range(12)]}[kind]
+    for number, name in enumerate(names):
+        shutil.copytree(data / "val" / str(number), tmp_path / "data" / "val" / name)
+    words = []
+    if kind == "a map":
+        words = ["--class-map", write(tmp_path, "map.csv", "".join(f"{name},{i}\n" for name, i in zip(names, places)))]
+        assert "another number of classes" in evaluated(tmp_path / "data", rearranged(state, places, 1000))[1]
+    notes, found = evaluated(tmp_path / "data", rearranged(state, places, 1000), *words)
+    assert found == accuracy(logits, targets) and "accuracy is over all" in notes[-1]
+    assert len(notes) == (2 if kind == "numbers" else 1)
+
+
+def test_names_in_both_forms_of_unicode_are_one_class(twelve, evaluated, tmp_path):
+    """train/ from one file system and val/ from another, where café sorts before and behind caff: they must not change places."""
+    data, state, logits, targets = twelve
+    for split, form in (("train", NFC), ("val", NFD)):
+        shutil.copytree(data / split / "0", tmp_path / "data" / split / form)
+        shutil.copytree(data / split / "1", tmp_path / "data" / split / "caff")
+    train, val, classes = datasets.build_datasets(tmp_path / "data", "IMNET", None, None)
+    assert classes == ["caff", NFC] and val.classes == [NFD, "caff"]
+    for part in (train, val):
+        assert all(labels.normal(classes[part[i][1]]) == labels.normal(Path(part.name(i)).parent.name) for i in range(len(part)))
+    content = {"model": state | {key: state[key][[0, 1]] for key in ("head.fc.weight", "head.fc.bias")}, "classes": [NFC, "caff"]}
+    two = targets < 2
+    notes, found = evaluated(tmp_path / "data", content)
+    assert found == accuracy(logits[two][:, :2], targets[two])
+
+
+def test_shards_carry_names_and_say_numbers(twelve, evaluated, tmp_path):
+    data, state, logits, targets = twelve
+    datasets.write_shards(data, tmp_path / "shards")
+    notes, found = evaluated(tmp_path / "shards", {"model": state, "classes": NUMBERS})
+    assert found == accuracy(logits, targets) and "in another order" in notes[0]
+    for split in ("train", "val"):
+        (tmp_path / "shards" / split / "index.json").unlink()
+    _, error = evaluated(tmp_path / "shards", {"model": state, "classes": TWELVE})
+    assert "the data's labels are numbers only" in error
+    by_folder = rearranged(state, [TWELVE.index(name) for name in NUMBERS])
+    notes, found = evaluated(tmp_path / "shards", by_folder)
+    assert found == accuracy(logits, targets) and "does not say what its 12 outputs are: taken for" in notes[0]
+
+
+def trained(capsys, data, folder, *words):
+    status = main.run(["--device=cpu", "--model", MODEL, "--input-size=32", "--num_workers=0", "--batch-size=16", "--max_step=1", "--lr=0",
+                       "--min-lr=0", "--warmup-lr=0", "--mixup=0", "--cutmix=0", "--aa=none", "--color-jitter=0", "--reprob=0",
+                       "--data-path", str(data), "--output_dir", str(folder), *map(str, words)])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_a_teacher_is_asked_by_name(twelve, tmp_path, capsys):
+    """The same teacher with its outputs in another order: the loss is the same. Of other classes, or in doubt: one line."""
+    data, state, _, _ = twelve
+    order = np.random.default_rng(1).permutation(12).tolist()
+    files = {"same": {"model": rearranged(state, [TWELVE.index(name) for name in NUMBERS]), "classes": TWELVE},
+             "order": {"model": rearranged(state, order), "classes": [str(order.index(i)) for i in range(12)]},
+             "more": {"model": rearranged(state, order, 20), "classes": [str(order.index(i)) if i < 12 else f"x{i}" for i in range(20)]},
+             "doubt": state, "others": {"model": state, "classes": [*NUMBERS[:11], "x"]}}
+    losses = []
+    for name, content in files.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        status, out, err = trained(capsys, data, tmp_path / name, "--distillation-type=hard", "--distillation-alpha=1", "--no-eval",
+                                   "--num_workers=1", "--drop-path=0",  # nothing else draws from the stream that made the teacher's head
+                                   "--teacher-model", MODEL, "--teacher-path", tmp_path / f"{name}.pth")
+        if name in ("doubt", "others"):
+            assert status == 2 and err.count("\n") == 1
+            assert ("have two orders" in err) if name == "doubt" else ("was trained on other classes" in err and "take a teacher" in err)
+        else:
+            assert status == 0, err
+            losses.append(json.loads((tmp_path / name / "log.txt").read_text())["train_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
+
+
+def test_a_class_map_orders_a_training_and_travels_with_its_checkpoint(twelve, evaluated, tmp_path, capsys):
+    data, state, logits, targets = twelve
+    torch.save(state, tmp_path / "weights.pth")
+    write(tmp_path, "map.json", json.dumps({name: int(name) for name in TWELVE}))
+    status, out, err = trained(capsys, data, tmp_path / "run", "--finetune", tmp_path / "weights.pth", "--class-map", tmp_path / "map.json")
+    assert status == 0, err
+    saved = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
+    assert saved["classes"] == NUMBERS and saved["named"]
+    row = json.loads((tmp_path / "run" / "log.txt").read_text())
+    assert row["test_acc1"] == pytest.approx(float(accuracy(logits, targets)[:-1]), abs=1e-3)
+    notes, found = evaluated(data, saved)
+    assert found == accuracy(logits, targets) and "in another order" in notes[0]
+    status, _, err = trained(capsys, data, tmp_path / "run", "--resume=auto", "--class-map", write(tmp_path, "m.txt", "\n".join(TWELVE)))
+    assert status == 2 and "--class-map says that '10' is number 2, and" in err
