@@ -29,6 +29,8 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
+from utils import shown
+
 REMEDY = "say which output is which class with --class-map FILE (one name a line, in the order of the outputs)"
 EVALUATED = ("evaluate", "teacher")  # nothing learns what a wrong order means
 
@@ -45,6 +47,9 @@ class Weights:
     outputs: int | None = None
     names: list | None = None
     named: bool = True  # False: the names are only numbers, of shards without names
+
+    def __post_init__(self):
+        self.names = list(self.names) if self.names else None  # timm's label_names are a tuple
 
 
 @dataclass
@@ -69,8 +74,8 @@ class Numbering:
 def some(names, count=3, beside=()):
     """A few names for a message: in one line, and with escapes where two of them, or one of `beside`, look alike."""
     looks = [unicodedata.normalize("NFKC", name).casefold().strip() for name in [*names, *beside]]
-    shown = [ascii(name) if len(set(looks)) < len(looks) else repr(name) for name in names[:count]]
-    return f"[{', '.join(shown)}{', ...' if len(names) > count else ''}]"
+    quoted = [ascii(name) if len(set(looks)) < len(looks) else repr(name) for name in names[:count]]
+    return f"[{', '.join(quoted)}{', ...' if len(names) > count else ''}]"
 
 
 def named_in(content):
@@ -86,7 +91,7 @@ def named_in(content):
 
 def of_file(source, content, outputs):
     """The Weights of a checkpoint, from what `checkpoint.read` returned."""
-    return Weights(str(source), outputs, named_in(content), not isinstance(content, dict) or content.get("named") is not False)
+    return Weights(shown(source), outputs, named_in(content), not isinstance(content, dict) or content.get("named") is not False)
 
 
 def imagenet(outputs):
@@ -258,10 +263,10 @@ def compare(train, val, path, class_map=None, named=(True, True)):
     if unknown or (missing and class_map is None):
         a, b = some(sorted(missing), beside=unknown), some(sorted(unknown), beside=missing)
         remedy = "make the folders agree" if unknown else "make the folders agree, or list all classes in --class-map FILE"
-        raise ValueError(f"--data-path {path}: train/ has {len(train)} classes and val/ {len(val)}, and they differ: only in train {a}, "
-                         f"only in val {b}: {remedy}")
+        raise ValueError(f"--data-path {shown(path)}: train/ has {len(train)} classes and val/ {len(val)}, and they differ: "
+                         f"only in train {a}, only in val {b}: {remedy}")
     if named[0] != named[1] and list(train) != list(val) and class_map is None:
-        raise ValueError(f"--data-path {path}: {'val' if named[0] else 'train'}/ has labels that are numbers only, and "
+        raise ValueError(f"--data-path {shown(path)}: {'val' if named[0] else 'train'}/ has labels that are numbers only, and "
                          f"{'train' if named[0] else 'val'}/ has names in another order: write the names into index.json, or {REMEDY}")
 
 
@@ -272,24 +277,25 @@ def read_class_map(path):
     kind = path.suffix.lower()
     if kind not in (".txt", ".csv", ".json"):
         why = "a pickle can run anything; write its names as text" if kind in (".pkl", ".pickle") else "its ending says no format"
-        raise ValueError(f"--class-map {path}: {why}: take .txt (one name a line, in order), .csv (name,number) or .json")
+        raise ValueError(f"--class-map {shown(path)}: {why}: take .txt (one name a line, in order), .csv (name,number) or .json")
     try:
         text = path.read_text(encoding="utf-8-sig")
         pairs = {".txt": from_lines, ".csv": from_rows, ".json": from_json}[kind](text)
     except OSError as error:
-        raise ValueError(f"--class-map {path}: cannot be read ({error.strerror})") from error
+        raise ValueError(f"--class-map {shown(path)}: cannot be read ({error.strerror})") from error
     except (UnicodeError, csv.Error, RecursionError, TypeError, AttributeError, ValueError) as error:
         reason = "it is no UTF-8" if isinstance(error, UnicodeError) else str(error).splitlines()[0]
-        raise ValueError(f"--class-map {path}: {reason}: take .txt (one name a line, in order), .csv (name,number) or .json") from error
+        raise ValueError(f"--class-map {shown(path)}: {reason}: take .txt (one name a line, in order), .csv (name,number) or "
+                         ".json") from error
     found = {}
     for name, number in pairs:
         if not name or number < 0 or number >= 10**6:
-            raise ValueError(f"--class-map {path}: the class {name!r} has the number {number}: names and numbers from 0 are needed")
+            raise ValueError(f"--class-map {shown(path)}: the class {name!r} has the number {number}: names and numbers from 0 are needed")
         if normal(name) in found and found[normal(name)] != number:
-            raise ValueError(f"--class-map {path}: the class {name!r} has two numbers, {found[normal(name)]} and {number}")
+            raise ValueError(f"--class-map {shown(path)}: the class {name!r} has two numbers, {found[normal(name)]} and {number}")
         found[normal(name)] = number
     if not found:
-        raise ValueError(f"--class-map {path}: it is empty")
+        raise ValueError(f"--class-map {shown(path)}: it is empty")
     return found
 
 

@@ -161,7 +161,7 @@ def load_weights(args, net, content, path, numbering, say):
         checkpoint.load_weights(net, state, path)
         say(f"Fine-tuning from {path}")
         return None, None
-    if args.pretrained and numbering.fresh:
+    if args.pretrained and numbering.fresh and networks.configuration(args.model).get("num_classes") == net.num_classes:
         net.reset_classifier(net.num_classes)
     if not path:
         return None, None
@@ -394,13 +394,14 @@ def complain(error, training):
     error = devices.explain(error)
     text = str(error).strip()
     if isinstance(error, engine.NonFiniteLoss):
-        status, text, training = 3, f"{text}: lower --lr, or look at the images of that batch: {', '.join(error.names)}", False
+        names = ", ".join(map(utils.shown, error.names))
+        status, text, training = 3, f"{text}: lower --lr, or look at the images of that batch: {names}", False
     elif isinstance(error, decode.DataError):  # from a loader's worker it comes with that worker's traceback
         status, text = 2, re.sub(r"^decode\.\w+: ", "", text.splitlines()[-1])
     elif isinstance(error, devices.DeviceError):
         status = 1
     elif isinstance(error, ValueError) and raised_here(error):
-        status = 2
+        status, text = 2, utils.shown(text)  # a path in it may hold a newline
     else:
         traceback.print_exception(error)
         return 1

@@ -429,7 +429,7 @@ def test_fine_tuning_starts_from_another_devices_weights(data, few, tmp_path, fi
     trains(*usual(data, *words, tmp_path / "source", f"--device={first}"))
     source = tmp_path / "source" / checkpoint.LAST
     done = trains(*usual(few, *words, tmp_path / "tuned", f"--device={then}", "--finetune", source, "--lr=0"))
-    assert f"Fine-tuning from {source}: its head has 10 classes and the data 3, so the head starts anew" in done.out
+    assert f"note: {source}: its head has 10 classes and the data 3, so the head starts anew" in done.out
     before, after = (helpers.load(path)["model"] for path in (source, tmp_path / "tuned" / checkpoint.LAST))
     body = [key for key in before if not key.startswith("head.fc.")]
     assert len(body) > 10 and all(torch.equal(before[key], after[key]) for key in body)  # --lr=0, and lr is all that decays
