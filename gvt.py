@@ -5,19 +5,25 @@ Tokens stay a map (B, H, W, C) from one block to the next. State-dict keys and s
 `twins_*` models share, so published weights load strictly.
 """
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Mlp, trunc_normal_
+from timm.layers import Mlp, get_device_dtype, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import register_notrace_function as traced_whole_function
+from timm.models import register_notrace_module as traced_whole
+from timm.models._features import feature_take_indices
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ["Twins"]
+
+# The windows that a device's fused kernels take in one call: CUDA's put the batch in a grid's second or third dimension.
+MOST_WINDOWS = {"cuda": 65_535}
 
 
 def attention(q, k, v, dropout, fused, mask=None):
@@ -27,6 +33,11 @@ def attention(q, k, v, dropout, fused, mask=None):
     On a CPU the fused kernel wins in fp32 but takes 2 to 6 times as long as the formula in bf16, at all sizes of Twins.
     """
     if fused and not (q.is_cpu and q.dtype == torch.bfloat16):
+        most = MOST_WINDOWS.get(q.device.type)
+        if most and q.shape[0] > most:
+            parts = [slice(i, i + most) for i in range(0, q.shape[0], most)]
+            return torch.cat([attention(q[part], k[part], v[part], dropout, fused, None if mask is None else mask[part])
+                              for part in parts])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B', heads, tokens, keys)
     if mask is not None:
@@ -42,21 +53,24 @@ def heads_of(x, parts, num_heads):
     return [part.transpose(1, 2) for part in x.unflatten(-1, (parts, num_heads, -1)).unbind(2)]
 
 
+@traced_whole
 class LocallyGroupedAttention(nn.Module):
     """LSA: self-attention inside windows of window_size x window_size tokens (section 3.2 of the paper).
 
-    A map that is no multiple of the window is padded with zeros below and on the right. As in the published models the
-    padding is seen as keys, whose values are the bias; `mask_padding` hides it from the real tokens instead.
+    A map that is no multiple of the window is padded with zeros below and on the right. As in the published models,
+    timm's and upstream's detection the padding is seen as keys, whose values are the bias; `mask_padding` hides it from
+    the real tokens instead, as mmpretrain and mmsegmentation do (of a map that is padded on one side only they hide none).
     """
 
     def __init__(self, dim, num_heads, window_size=7, attn_drop=0.0, proj_drop=0.0, fused_attn=True,
-                 mask_padding=False):
+                 mask_padding=False, device=None, dtype=None):
         super().__init__()
+        factory = dict(device=device, dtype=dtype)
         self.num_heads, self.window_size = num_heads, window_size
         self.fused_attn, self.mask_padding = fused_attn, mask_padding
-        self.qkv = nn.Linear(dim, dim * 3)
+        self.qkv = nn.Linear(dim, dim * 3, **factory)
         self.attn_drop = attn_drop
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x):
@@ -66,11 +80,13 @@ class LocallyGroupedAttention(nn.Module):
         pad_h, pad_w = -H % size, -W % size
         rows, cols = (H + pad_h) // size, (W + pad_w) // size
         windows = partial(rearrange, pattern="b (rows i) (cols j) c -> (b rows cols) (i j) c", i=size, j=size)
-        if pad_h or pad_w:  # zeros have the bias as q, k and v: no product needed, which may be most of them
-            x = F.pad(F.linear(x, self.qkv.weight), (0, 0, 0, pad_w, 0, pad_h)) + self.qkv.bias
-            x = windows(x)
+        if (pad_h or pad_w) and is_plain(self.qkv):  # a product of the padding, which may be most of the map, is its bias
+            blank = self.qkv.bias.to(x.dtype)
+            x = self.qkv(x)
+            x = torch.cat([x, blank.expand(B, H, pad_w, -1)], dim=2)
+            x = windows(torch.cat([x, blank.expand(B, pad_h, W + pad_w, -1)], dim=1))
         else:
-            x = self.qkv(windows(x))
+            x = self.qkv(windows(F.pad(x, (0, 0, 0, pad_w, 0, pad_h)) if pad_h or pad_w else x))
         q, k, v = heads_of(x, 3, self.num_heads)  # (B rows cols, heads, window_size^2, head_dim)
         mask = self.real_keys(B, H, W, rows, cols, x.device) if self.mask_padding and (pad_h or pad_w) else None
         x = attention(q, k, v, self.attn_drop if self.training else 0.0, self.fused_attn, mask)
@@ -85,80 +101,106 @@ class LocallyGroupedAttention(nn.Module):
         return rearrange(real, "(rows i) (cols j) -> (rows cols) 1 1 (i j)", i=size, j=size).repeat(B, 1, 1, 1)
 
 
+def is_plain(layer):
+    """Whether a layer is what it was built as: nothing wraps it, and no hook can make its output another."""
+    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+@traced_whole
 class GlobalSubsampledAttention(nn.Module):
     """GSA: every token attends to one summary of each sr_ratio x sr_ratio patch (section 3.2 of the paper)."""
 
-    def __init__(self, dim, num_heads, sr_ratio=1, attn_drop=0.0, proj_drop=0.0, fused_attn=True):
+    def __init__(self, dim, num_heads, sr_ratio=1, attn_drop=0.0, proj_drop=0.0, fused_attn=True, device=None, dtype=None):
         super().__init__()
+        factory = dict(device=device, dtype=dtype)
         self.num_heads, self.sr_ratio, self.fused_attn = num_heads, sr_ratio, fused_attn
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, dim * 2)
+        self.q = nn.Linear(dim, dim, **factory)
+        self.kv = nn.Linear(dim, dim * 2, **factory)
         self.attn_drop = attn_drop
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         if sr_ratio > 1:
-            self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio)
-            self.norm = nn.LayerNorm(dim)
+            self.sr = PatchConv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio, **factory)
+            self.norm = nn.LayerNorm(dim, **factory)
 
     def forward(self, x):
         """(B, H, W, C) -> (B, H, W, C)"""
         H, W = x.shape[1:3]
         q = rearrange(self.q(x), "b h w (heads d) -> b heads (h w) d", heads=self.num_heads)
         if self.sr_ratio > 1:
-            x = self.norm(patch_conv(x, self.sr))
+            x = self.norm(channels_last(self.sr(channels_first(x))))
         k, v = heads_of(self.kv(x).flatten(1, 2), 2, self.num_heads)  # (B, heads, M, head_dim)
         x = attention(q, k, v, self.attn_drop if self.training else 0.0, self.fused_attn)
         return self.proj_drop(self.proj(rearrange(x, "b heads (h w) d -> b h w (heads d)", h=H, w=W)))
 
 
-def patch_conv(x, conv):
-    """A convolution whose stride is its kernel, as one matrix product: (B, H, W, C) -> (B, H // r, W // r, C').
+def channels_first(x):
+    """(B, H, W, C) -> (B, C, H, W), a view"""
+    return x.permute(0, 3, 1, 2)
 
-    The same numbers as conv(x) on channels-first maps, without going there and back.
+
+def channels_last(x):
+    """(B, C, H, W) -> (B, H, W, C), a view"""
+    return x.permute(0, 2, 3, 1)
+
+
+@traced_whole
+class PatchConv2d(nn.Conv2d):
+    """A convolution whose stride is its kernel, as one matrix product: (B, C, H, W) -> (B, C', H // r, W // r).
+
+    The same numbers as nn.Conv2d's. Its result is channels-last in memory, and so may be its input: no copy there and back.
     """
-    r = conv.stride[0]
-    H, W = x.shape[1] // r * r, x.shape[2] // r * r
-    x = rearrange(x[:, :H, :W], "b (h i) (w j) c -> b h w (c i j)", i=r, j=r)
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+    def forward(self, x):
+        r = self.stride[0]
+        H, W = x.shape[2] // r * r, x.shape[3] // r * r
+        x = rearrange(x[:, :, :H, :W], "b c (h i) (w j) -> b h w (c i j)", i=r, j=r)
+        return channels_first(F.linear(x, self.weight.flatten(1), self.bias))
+
+
+@traced_whole
+class DepthwiseConv2d(nn.Conv2d):
+    """nn.Conv2d whose weight's gradient has the parameter's strides also for a channels-last map, as DDP wants."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight.flatten(1).view_as(self.weight), self.bias)
 
 
 class PositionalEncodingGenerator(nn.Module):
     """PEG: a depth-wise 3 x 3 convolution that adds the position (CPVT, arXiv 2102.10882)."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, device=None, dtype=None):
         super().__init__()
-        self.proj = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim))
+        self.proj = nn.Sequential(DepthwiseConv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype))
 
     def forward(self, x):
         """(B, H, W, C) -> (B, H, W, C)"""
-        conv = self.proj[0]
-        weight = conv.weight.flatten(1).view_as(conv.weight)  # so its gradient has the parameter's strides, as DDP wants
-        encoding = F.conv2d(rearrange(x, "b h w c -> b c h w"), weight, conv.bias, padding=1, groups=conv.groups)
-        return x + rearrange(encoding, "b c h w -> b h w c")
+        return x + channels_last(self.proj(channels_first(x)))
 
 
 class PatchEmbed(nn.Module):
     """patch_size x patch_size pixels (or tokens of the stage before) become one token."""
 
-    def __init__(self, in_chans, dim, patch_size):
+    def __init__(self, in_chans, dim, patch_size, device=None, dtype=None):
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
-        self.norm = nn.LayerNorm(dim)
+        self.proj = PatchConv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
 
     def forward(self, x):
         """(B, H, W, C) -> (B, H // patch_size, W // patch_size, C')"""
-        return self.norm(patch_conv(lowered(x), self.proj))
+        return self.norm(channels_last(self.proj(channels_first(lowered(x)))))
 
 
 class Block(nn.Module):
     """Attention and MLP, each normed before and added after."""
 
-    def __init__(self, dim, attn, mlp_ratio, drop):
+    def __init__(self, dim, attn, mlp_ratio, drop, device=None, dtype=None):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        factory = dict(device=device, dtype=dtype)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **factory)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio), drop=drop)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **factory)
+        self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio), drop=drop, **factory)
 
     def forward(self, x, keep1=None, keep2=None):
         """(B, H, W, C) -> (B, H, W, C); keep: the drop-path factors (B, 1, 1, 1) of the two branches, or None."""
@@ -166,8 +208,9 @@ class Block(nn.Module):
         return add_branch(x, self.mlp(lowered(self.norm2(x))), keep2)
 
 
+@traced_whole_function
 def add_branch(x, branch, keep):
-    return x + branch if keep is None else AddScaled.apply(x, branch, keep)
+    return x + branch if keep is None else AddScaled.apply(x, branch, keep.to(x.dtype))
 
 
 class AddScaled(torch.autograd.Function):
@@ -184,6 +227,7 @@ class AddScaled(torch.autograd.Function):
         return grad, (grad * ctx.saved_tensors[0]).to(ctx.dtype), None
 
 
+@traced_whole_function
 def lowered(x):
     """x in autocast's dtype: cast once, before it is copied into windows and patches and read by several layers."""
     kind = x.device.type
@@ -207,55 +251,98 @@ class CastTogether(torch.autograd.Function):
 
 
 def call(module, *inputs):
-    """module(*inputs). Under autocast its products' weights are cast together, instead of two launches for each."""
-    kind = inputs[0].device.type
-    if not torch.is_autocast_enabled(kind) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """module(*inputs). Under autocast its products' weights are cast together, instead of two launches for each.
+
+    Of layers as they were built; what wraps, prunes or quantizes a layer keeps its tensors to itself. Any other call
+    than a training step of tensors (torch.compile's, a tracer's) is the module's own.
+    """
+    x = inputs[0]
+    if (not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type) or not torch.is_grad_enabled()
+            or torch.compiler.is_compiling()):
         return module(*inputs)
-    names, weights = zip(*((f"{prefix}.{name}", weight) for prefix, layer in module.named_modules()
-                           if isinstance(layer, (nn.Linear, nn.Conv2d)) for name, weight in layer.named_parameters()))
-    cast = CastTogether.apply(torch.get_autocast_dtype(kind), *weights)
-    return functional_call(module, dict(zip(names, cast)), inputs)
+    weights = {f"{prefix}.{name}" if prefix else name: weight for prefix, layer in module.named_modules()
+               if type(layer) in (nn.Linear, PatchConv2d, DepthwiseConv2d)
+               for name, weight in layer.named_parameters(recurse=False)
+               if name in ("weight", "bias") and weight.requires_grad and weight.dtype == torch.float32}
+    if not weights:
+        return module(*inputs)
+    cast = CastTogether.apply(torch.get_autocast_dtype(x.device.type), *weights.values())
+    return functional_call(module, dict(zip(weights, cast)), inputs)
+
+
+@lru_cache
+def keep_probabilities(rate, blocks, device):
+    """(2 blocks, 1): of both branches of each block, falling linearly from 1 at the first to 1 - rate at the last.
+
+    Kept for each device instead of in the model, where to_empty() and a model on meta would leave it without numbers.
+    """
+    return 1 - torch.linspace(0, rate, blocks).repeat_interleave(2).view(-1, 1).to(device)
+
+
+@traced_whole_function
+def drop_path_factors(rate, blocks, batch, device):
+    """2 * blocks factors (batch, 1, 1, 1) that are 0 or 1 / keep_prob: one draw for the whole model, not one a branch."""
+    make = keep_probabilities.__wrapped__ if torch.compiler.is_compiling() else keep_probabilities
+    keep = make(rate, blocks, device)
+    drawn = torch.rand(keep.shape[0], batch, device=device) < keep
+    return (drawn / keep).view(-1, batch, 1, 1, 1).unbind(0)
+
+
+@traced_whole_function
+def check_size(x):
+    if min(x.shape[-2:]) < 32:
+        raise ValueError(f"images are {x.shape[-2]} x {x.shape[-1]} pixels, Twins needs at least 32 x 32: "
+                         "use a larger --input-size")
+
+
+def check_pooling(global_pool):
+    if global_pool not in ("", "avg"):
+        raise ValueError(f"global_pool is 'avg' or '', not {global_pool!r}")
 
 
 class Twins(nn.Module):
     """Four stages: patch embedding, blocks, and a PEG after the first block; then global average pooling and a head.
 
     window_sizes: one a stage, LSA on even blocks and GSA on odd ones (SVT); None, GSA everywhere (PCPVT).
-    drop_rate: dropout after patch embedding, projections and MLP, as upstream. drop_path_rate: of the last block;
+    drop_rate: dropout after patch embedding, projections and MLP, as upstream; pos_drop_rate (patch embedding) and
+    proj_drop_rate (the others) say it apart, as timm. drop_path_rate: of the last block;
     it rises linearly from 0 at the first. fused_attn: F.scaled_dot_product_attention, or the explicit formula.
     mask_padding: see LocallyGroupedAttention. Images may have any size of at least 32 x 32 pixels.
     """
 
     def __init__(self, embed_dims, num_heads, mlp_ratios, depths, sr_ratios=(8, 4, 2, 1), window_sizes=None,
-                 patch_size=4, in_chans=3, num_classes=1000, global_pool="avg", drop_rate=0.0, attn_drop_rate=0.0,
-                 drop_path_rate=0.0, fused_attn=True, mask_padding=False):
+                 patch_size=4, in_chans=3, num_classes=1000, global_pool="avg", drop_rate=0.0, pos_drop_rate=None,
+                 proj_drop_rate=None, attn_drop_rate=0.0, drop_path_rate=0.0, fused_attn=True, mask_padding=False,
+                 device=None, dtype=None):
         super().__init__()
-        if global_pool not in ("", "avg"):
-            raise ValueError(f"global_pool is 'avg' or '', not {global_pool!r}")
-        self.num_classes, self.global_pool = num_classes, global_pool
+        check_pooling(global_pool)
+        factory = dict(device=device, dtype=dtype)
+        pos_drop_rate = drop_rate if pos_drop_rate is None else pos_drop_rate
+        proj_drop_rate = drop_rate if proj_drop_rate is None else proj_drop_rate
+        self.num_classes, self.global_pool, self.in_chans = num_classes, global_pool, in_chans
         self.num_features = self.head_hidden_size = embed_dims[-1]
         self.grad_checkpointing = False
 
         in_dims, patch_sizes = (in_chans, *embed_dims[:-1]), (patch_size, 2, 2, 2)
-        self.patch_embeds = nn.ModuleList(map(PatchEmbed, in_dims, embed_dims, patch_sizes))
-        self.pos_drops = nn.ModuleList(nn.Dropout(drop_rate) for _ in depths)
+        self.patch_embeds = nn.ModuleList(map(partial(PatchEmbed, **factory), in_dims, embed_dims, patch_sizes))
+        self.pos_drops = nn.ModuleList(nn.Dropout(pos_drop_rate) for _ in depths)
 
         def attention_of(stage, i):
             dim, heads = embed_dims[stage], num_heads[stage]
             if window_sizes is None or i % 2 == 1:
-                return GlobalSubsampledAttention(dim, heads, sr_ratios[stage], attn_drop_rate, drop_rate, fused_attn)
-            return LocallyGroupedAttention(dim, heads, window_sizes[stage], attn_drop_rate, drop_rate, fused_attn,
-                                           mask_padding)
+                return GlobalSubsampledAttention(dim, heads, sr_ratios[stage], attn_drop_rate, proj_drop_rate, fused_attn, **factory)
+            return LocallyGroupedAttention(dim, heads, window_sizes[stage], attn_drop_rate, proj_drop_rate, fused_attn,
+                                           mask_padding, **factory)
 
         self.blocks = nn.ModuleList(
-            nn.ModuleList(Block(embed_dims[s], attention_of(s, i), mlp_ratios[s], drop_rate) for i in range(depth))
+            nn.ModuleList(Block(embed_dims[s], attention_of(s, i), mlp_ratios[s], proj_drop_rate, **factory) for i in range(depth))
             for s, depth in enumerate(depths))
-        self.pos_block = nn.ModuleList(map(PositionalEncodingGenerator, embed_dims))
-        self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.drop_path_rate = drop_path_rate
-        keep = 1 - torch.linspace(0, drop_path_rate, sum(depths)).repeat_interleave(2)  # two branches a block
-        self.register_buffer("keep_prob", keep.view(-1, 1), persistent=False)
+        self.pos_block = nn.ModuleList(map(partial(PositionalEncodingGenerator, **factory), embed_dims))
+        self.norm = nn.LayerNorm(self.num_features, eps=1e-6, **factory)
+        self.head = nn.Linear(self.num_features, num_classes, **factory) if num_classes else nn.Identity()
+        self.depths, self.drop_path_rate = tuple(depths), drop_path_rate
+        self.feature_info = [dict(module=f"blocks.{s}.{depth - 1}", num_chs=embed_dims[s], reduction=patch_size * 2 ** s)
+                             for s, depth in enumerate(depths)]
         self.apply(init_weights)
 
     def no_weight_decay(self):
@@ -274,27 +361,29 @@ class Twins(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes, global_pool=None):
+        if global_pool is not None:
+            check_pooling(global_pool)
+            self.global_pool = global_pool
         self.num_classes = num_classes
-        self.global_pool = self.global_pool if global_pool is None else global_pool
-        head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head = head.apply(init_weights).to(self.norm.weight)
+        head = nn.Linear(self.num_features, num_classes, **get_device_dtype(self)) if num_classes else nn.Identity()
+        self.head = head.apply(init_weights).train(self.training)
 
-    def drop_path_factors(self, batch):
-        """2 * blocks factors (B, 1, 1, 1) that are 0 or 1 / keep_prob: one draw for the whole model, not one a branch."""
+    def drop_path_factors(self, x):
+        """2 * blocks factors (B, 1, 1, 1) for images x, or None where nothing is dropped."""
+        blocks = sum(self.depths)
         if not (self.training and self.drop_path_rate):
-            return [None] * self.keep_prob.shape[0]
-        drawn = torch.rand(self.keep_prob.shape[0], batch, device=self.keep_prob.device) < self.keep_prob
-        factors = (drawn / self.keep_prob).view(-1, batch, 1, 1, 1).unbind(0)
-        return [None, None, *factors[2:]]  # the first block is always kept
+            return [None] * (2 * blocks)
+        factors = drop_path_factors(self.drop_path_rate, blocks, x.shape[0], x.device)
+        return [None, None, *(factors[i] for i in range(2, 2 * blocks))]  # the first block is always kept
 
-    def forward_features(self, x):
-        """(B, in_chans, height, width) -> (B, H W of the last stage, C)"""
-        if min(x.shape[-2:]) < 32:
-            raise ValueError(f"images are {x.shape[-2]} x {x.shape[-1]} pixels, Twins needs at least 32 x 32: "
-                             "use a larger --input-size")
-        factors = iter(self.drop_path_factors(x.shape[0]))
-        x = rearrange(x, "b c h w -> b h w c")
+    def forward_stages(self, x, stages):
+        """(B, in_chans, height, width) -> the maps (B, H, W, C) that the first `stages` stages end with"""
+        check_size(x)
+        factors, maps = iter(self.drop_path_factors(x)), []
+        x = channels_last(x)
         for embed, drop, blocks, peg in zip(self.patch_embeds, self.pos_drops, self.blocks, self.pos_block):
+            if len(maps) == stages:
+                break
             x = drop(call(embed, x))
             for i, block in enumerate(blocks):
                 keep1, keep2 = next(factors), next(factors)
@@ -304,7 +393,42 @@ class Twins(nn.Module):
                     x = call(block, x, keep1, keep2)
                 if i == 0:
                     x = call(peg, x)
-        return self.norm(x).flatten(1, 2)
+            maps.append(x)
+        return maps
+
+    def forward_features(self, x):
+        """(B, in_chans, height, width) -> (B, H W of the last stage, C)"""
+        return self.norm(self.forward_stages(x, len(self.blocks))[-1]).flatten(1, 2)
+
+    def forward_intermediates(self, x, indices=None, norm=False, stop_early=False, output_fmt="NCHW", intermediates_only=False):
+        """The tokens of forward_features and the maps (B, C, H, W) of the stages `indices`, as timm's twins give them.
+
+        indices: of stages, the last n for a number n, all for None. norm: the last stage's map is normed. stop_early:
+        no stage after the last wanted is computed; the tokens then are its own, without the norm.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt is NCHW, not {output_fmt!r}")
+        wanted, last = feature_take_indices(len(self.blocks), indices)
+        maps = self.forward_stages(x, last + 1 if stop_early else len(self.blocks))
+        whole = len(maps) == len(self.blocks)
+        final = self.norm(maps[-1]) if whole and not (intermediates_only and not norm) else maps[-1]
+        found = [channels_first(final if norm and i == len(self.blocks) - 1 else maps[i]).contiguous()
+                 for i in range(len(maps)) if i in wanted]
+        return found if intermediates_only else (final.flatten(1, 2), found)
+
+    def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
+        """Drop what the maps of the stages `indices` do not need. -> their indices"""
+        wanted, last = feature_take_indices(len(self.blocks), indices)
+        shorter = last + 1 < len(self.blocks)
+        for name in ("patch_embeds", "pos_drops", "blocks", "pos_block"):
+            setattr(self, name, getattr(self, name)[:last + 1])
+        if prune_norm or shorter:  # the norm and the head are as wide as the last stage
+            self.norm = nn.Identity()
+        if shorter:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or shorter:
+            self.reset_classifier(0, "")
+        return wanted
 
     def forward_head(self, x, pre_logits=False):
         """(B, tokens, C) -> (B, num_classes)"""
@@ -345,14 +469,21 @@ default_cfgs = generate_default_cfgs({
 def build(variant, pretrained, kwargs, **config):
     for unused in ("img_size", "drop_block_rate"):  # upstream and timm pass them; the model fits any size
         kwargs.pop(unused, None)
+    features = dict(out_indices=kwargs.pop("out_indices", len(config["depths"])), feature_cls="getter")
     try:
-        return build_model_with_cfg(Twins, variant, pretrained, **{**config, **kwargs})
+        return build_model_with_cfg(Twins, variant, pretrained, feature_cfg=features, **{**config, **kwargs})
     except Exception as error:
-        if not pretrained or isinstance(error, (TypeError, ValueError)):
+        if not pretrained or not is_network(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RuntimeError(f"cannot fetch the published weights of {variant} ({reason}): check the network, or "
                            "download them by hand and pass the file as --finetune or --resume") from error
+
+
+def is_network(error):
+    """Whether an error is of a file that could not be fetched, and not of what was asked."""
+    return isinstance(error, OSError) or any(
+        kind.__module__.split(".")[0] in ("huggingface_hub", "httpx", "requests", "urllib") for kind in type(error).__mro__)
 
 
 def pcpvt(variant, pretrained, kwargs, depths):

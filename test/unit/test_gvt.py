@@ -303,7 +303,7 @@ def test_drop_path_scales_the_branches_timm_scales(name):
     torch.manual_seed(5)
     out = ours.train()(x)
     torch.manual_seed(5)
-    factors = ours.drop_path_factors(4)
+    factors = ours.drop_path_factors(x)
     branches = [(block, f"drop_path{k}") for stage in theirs.blocks for block in stage for k in (1, 2)]
     assert len(branches) == len(factors)
     for (block, place), factor in zip(branches, factors):
@@ -320,7 +320,7 @@ def test_drop_path_factors_have_mean_one_and_linear_rates():
     model = timm.create_model("alt_gvt_small", drop_path_rate=0.3).train()
     torch.manual_seed(0)
     n = 200_000
-    factors = model.drop_path_factors(n)
+    factors = model.drop_path_factors(torch.empty(n))
     assert factors[:2] == [None, None]
     assert len(factors) == 36
     for i, factor in enumerate(factors[2:], 2):
