@@ -469,7 +469,9 @@ default_cfgs = generate_default_cfgs({
 def build(variant, pretrained, kwargs, **config):
     for unused in ("img_size", "drop_block_rate"):  # upstream and timm pass them; the model fits any size
         kwargs.pop(unused, None)
-    features = dict(out_indices=kwargs.pop("out_indices", len(config["depths"])), feature_cls="getter")
+    features = dict(out_indices=kwargs.pop("out_indices", len(config["depths"])), feature_cls=kwargs.pop("feature_cls", "getter"))
+    if features["feature_cls"] in ("fx", "hook"):  # they give the blocks' own maps
+        features["output_fmt"] = "NHWC"
     try:
         return build_model_with_cfg(Twins, variant, pretrained, feature_cfg=features, **{**config, **kwargs})
     except Exception as error:
