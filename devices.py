@@ -224,7 +224,7 @@ def explain(error):
     """
     if isinstance(error, (ValueError, ArithmeticError, DeviceError)):
         return error
-    text = "std::bad_alloc" if isinstance(error, MemoryError) else str(error).lower()
+    text = "std::bad_alloc" if isinstance(error, MemoryError) else f"{error}\n{error.__cause__ or ''}".lower()  # a cause: which signal ended a worker
     if isinstance(error, RuntimeError) and os.environ.get("WORLD_SIZE", "1") != "1" and any(sign in text for sign in LOST_CONNECTION):
         return LostConnection("the connection to the other ranks was lost: one of them has ended, and said why, or was killed")
     return next((DeviceError(remedy) for sign, remedy in known_failures().items() if sign.lower() in text), error)
@@ -235,6 +235,9 @@ def known_failures():
     port = os.environ.get("MASTER_PORT", "29500")
     master = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{port}"
     memory = "the device is out of memory: use a smaller --batch-size (and --accum-steps), or --grad-checkpointing"
+    shared_memory = ("the loader workers are out of shared memory (/dev/shm): give the container more (docker run --shm-size=32g, or "
+                     "--ipc=host), or use fewer --num_workers or a smaller --batch-size")
+    open_files = "too many open files: raise the limit (ulimit -n 65536), or use fewer --num_workers"
     host_memory = "this machine is out of memory: use a smaller --batch-size or --input-size, or fewer --num_workers"
     name = ("the name of a machine cannot be resolved: look at MASTER_ADDR and /etc/hosts; every machine must know its own name "
             "(getent hosts $(hostname)), or say the network's address as MASTER_ADDR")
@@ -271,6 +274,13 @@ def known_failures():
                   "the log above; HCCL_CONNECT_TIMEOUT is the limit in seconds",
         "EI0002": "HCCL: a rank waited too long for another (EI0002): look for a rank that died in the log above; "
                   "HCCL_EXEC_TIMEOUT is the limit in seconds",
+        "signal: Bus error": shared_memory,
+        "unable to allocate shared memory": shared_memory,
+        "unable to write to file </torch_": shared_memory,
+        "insufficient shared memory": shared_memory,
+        "too many open files": open_files,
+        "received 0 items of ancdata": open_files,
+        "signal: Killed": "the system ended a loader worker, most likely for its memory: use fewer --num_workers",
         "CUDA out of memory": memory,
         "NPU out of memory": memory,
         "CUBLAS_STATUS_ALLOC_FAILED": memory,
@@ -335,7 +345,13 @@ def worker_start_method(device):
     if device.type != "npu":
         return None
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # read by `import torch` in the server; here it is past
-    multiprocessing.set_forkserver_preload(["datasets"])  # or each worker would import torch for itself
+    # Preloaded, or each worker would import torch for itself. The server looks in the working directory first, and then in
+    # PYTHONPATH: a name that only we have finds our folder, and that the modules in it.
+    here = os.path.dirname(os.path.abspath(__file__))
+    places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if here not in places:
+        os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, places)])
+    multiprocessing.set_forkserver_preload(["twins_worker"])
     return "forkserver"
 
 

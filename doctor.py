@@ -48,6 +48,11 @@ ok, warn, fail = (partial(row, level) for level in ("ok", "warn", "fail"))
 
 # ---- versions, without importing ----
 
+def size(count):
+    """Bytes in words, in the unit that fits."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 def wants_npu(args):
     auto = args.device == "auto" and installed("torch_npu") and os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0"
     return args.device.startswith("npu") or bool(auto)
@@ -216,7 +221,7 @@ def check_machine(args, cards):
 
     if os.path.isdir("/dev/shm"):
         free, need = shutil.disk_usage("/dev/shm").free, args.num_workers * 2 * args.batch_size * 3 * 224 * 224 * 4
-        text = f"{free / 1e9:.1f} GB free; 2 batches of each of {args.num_workers} workers take {need / 1e9:.1f} GB a card, of {cards}"
+        text = f"{size(free)} free; 2 batches of each of {args.num_workers} workers take {size(need)} a card, of {cards}"
         yield (ok("shared memory", text) if free >= need * cards else
                (warn if free >= need else fail)("shared memory", text, "docker run --shm-size=32g or --ipc=host, or fewer --num_workers"))
     folder = Path(args.output_dir).absolute()
@@ -225,7 +230,7 @@ def check_machine(args, cards):
         yield fail("disk", f"{present} is no folder", "choose another --output_dir")
         return
     free, one = shutil.disk_usage(present).free, PARAMETERS * 3 * 4  # weights and AdamW's two moments
-    text = f"{free / 1e9:.1f} GB free in {present}; checkpoints (last, best, one being written) take 3 x {one / 1e9:.1f} GB"
+    text = f"{size(free)} free in {present}; checkpoints (last, best, one being written) take 3 x {size(one)}"
     bad = f"{present} cannot be written" if not os.access(present, os.W_OK | os.X_OK) else text if free < 3 * one else None
     yield fail("disk", bad, "choose another --output_dir, or make room") if bad else ok("disk", text)
 

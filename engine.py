@@ -58,7 +58,9 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
             if model_ema is not None:
                 model_ema.update(getattr(model, "module", model))
 
-        window.append((loss.detach(), names[0] if names else ()))
+        names = names[0] if names else ()
+        # a worker's tensor holds a file open for as long as it lives: keep its numbers
+        window.append((loss.detach(), names.tolist() if isinstance(names, torch.Tensor) else names))
         if log.window_ends(step):
             losses = torch.stack([loss for loss, _ in window]).tolist()  # the host waits for the device here
             finite = [math.isfinite(loss) for loss in losses]

@@ -305,17 +305,17 @@ shutil.disk_usage = lambda path: collections.namedtuple("usage", "free")(240_000
 """)
     found = run("--num_workers", 5, "--batch-size", 30, "--output_dir", "out/put", PYTHONPATH=no_torch, HCCL_EXEC_TIMEOUT="soon",
                 ASCEND_RT_VISIBLE_DEVICES="", CUDA_VISIBLE_DEVICES="2,3")
-    assert found["disk"] == [("fail", f"0.2 GB free in {tmp_path}; checkpoints (last, best, one being written) take 3 x 0.3 GB - "
+    assert found["disk"] == [("fail", f"240.0 MB free in {tmp_path}; checkpoints (last, best, one being written) take 3 x 288.7 MB - "
                                       "choose another --output_dir, or make room")]
     assert found["HCCL"] == [("warn", "HCCL_EXEC_TIMEOUT=soon: a limit is a number of seconds - unset HCCL_EXEC_TIMEOUT")]
     assert found["ASCEND_RT_VISIBLE_DEVICES"] == [("warn", "'' hides every device - unset ASCEND_RT_VISIBLE_DEVICES")]
     assert found["CUDA_VISIBLE_DEVICES"] == [("ok", "2,3")]
     if Path("/dev/shm").is_dir():  # 5 x 2 x 30 x 602,112 bytes = 181 MB
-        assert found["shared memory"][0][1].startswith("0.2 GB free; 2 batches of each of 5 workers take 0.2 GB a card, of ")
+        assert found["shared memory"][0][1].startswith("240.0 MB free; 2 batches of each of 5 workers take 180.6 MB a card, of ")
     found = run("--num_workers", 5, "--batch-size", 50, PYTHONPATH=no_torch)
     if Path("/dev/shm").is_dir():
         [(level, text)] = found["shared memory"]
-        assert level == "fail" and "5 workers take 0.3 GB a card" in text and "docker run --shm-size" in text
+        assert level == "fail" and "5 workers take 301.1 MB a card" in text and "docker run --shm-size" in text
 
 
 @pytest.mark.parametrize(("option", "text"), [
