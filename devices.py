@@ -224,7 +224,8 @@ def explain(error):
     """
     if isinstance(error, (ValueError, ArithmeticError, DeviceError)):
         return error
-    text = "std::bad_alloc" if isinstance(error, MemoryError) else f"{error}\n{error.__cause__ or ''}".lower()  # a cause: which signal ended a worker
+    text = f"{error}\n{error.__cause__ or ''}".lower()  # torch says only in the cause which signal ended a loader's worker
+    text = "std::bad_alloc" if isinstance(error, MemoryError) else text
     if isinstance(error, RuntimeError) and os.environ.get("WORLD_SIZE", "1") != "1" and any(sign in text for sign in LOST_CONNECTION):
         return LostConnection("the connection to the other ranks was lost: one of them has ended, and said why, or was killed")
     return next((DeviceError(remedy) for sign, remedy in known_failures().items() if sign.lower() in text), error)
