@@ -19,13 +19,13 @@ from torchvision import datasets
 import inaturalist
 import labels
 import shards
-from decode import READ_ERRORS, load_rgb, open_file, reason
+from decode import READ_ERRORS, DataError, load_rgb, open_file, reason
 from folders import ClassFolders
 from transforms import build_transform  # noqa: F401  upstream's place for it
 from utils import shown
 
 
-def build_dataset(is_train, data_path, data_set="IMNET", transform=None, inat_category="name", seed=0):
+def build_dataset(is_train, data_path, data_set="IMNET", transform=None, inat_category="name"):
     """The training or validation set and its class names. Raises ValueError for data that is not there or not right.
 
     What a log should say of the data is the set's `notes`.
@@ -46,12 +46,14 @@ def build_dataset(is_train, data_path, data_set="IMNET", transform=None, inat_ca
             dataset = ImageFiles(*found, transform)
         else:
             dataset = read_split(root, "train" if is_train else "val", found, transform)
+    except DataError:  # has a file's path
+        raise
     except ValueError as error:
         raise ValueError(f"--data-path {shown(root)}: {error}") from error
     return dataset, dataset.classes
 
 
-def build_datasets(data_path, data_set, train_transform, val_transform, inat_category="name", seed=0, with_train=True, class_map=None,
+def build_datasets(data_path, data_set, train_transform, val_transform, inat_category="name", with_train=True, class_map=None,
                    with_val=True):
     """-> (training set, validation set, class names): the same classes, numbered as in train/. What is not wanted is None.
 
@@ -60,7 +62,7 @@ def build_datasets(data_path, data_set, train_transform, val_transform, inat_cat
     val, classes = build_dataset(False, data_path, data_set, val_transform, inat_category) if with_val else (None, None)
     if not with_train:
         return None, val, classes
-    train, train_classes = build_dataset(True, data_path, data_set, train_transform, inat_category, seed)
+    train, train_classes = build_dataset(True, data_path, data_set, train_transform, inat_category)
     if not with_val:
         return train, None, train_classes
     if len(classes) == 1 < len(train_classes) and not {labels.normal(classes[0])} <= set(map(labels.normal, train_classes)):

@@ -110,7 +110,7 @@ def build_data(args, ranks, preprocessing=transforms.TWINS):
         is_train=True, color_jitter=args.color_jitter, auto_augment=args.aa, interpolation=args.train_interpolation,
         reprob=args.reprob, remode=args.remode, recount=args.recount, hflip=args.hflip, crop_scale=args.crop_scale)
     train, val, classes = datasets.build_datasets(
-        args.data_path, args.data_set, train_transform, transform(is_train=False), args.inat_category, args.seed,
+        args.data_path, args.data_set, train_transform, transform(is_train=False), args.inat_category,
         with_train=not (args.eval or args.throughout), class_map=read_class_map(args),
         with_val=args.eval or args.throughout or not args.no_eval)
     loader = partial(loaders.build_loader, batch_size=args.batch_size, workers=args.num_workers,

@@ -26,6 +26,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from decode import EXTENSIONS, FORMATS, READ_ERRORS, DataError, load_rgb, open_file, reason
+from folders import spread
 from utils import shown
 
 LABELS = (".cls", ".json", ".txt")  # the first of them that holds a class counts
@@ -46,8 +47,8 @@ def find(folder):
     tars = sorted(entry.path for entry in entries if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir())
     classes = (entry for entry in sorted(entries, key=lambda entry: entry.name) if entry.is_dir())
     if tars and (first := next((entry.name for entry in classes if holds_images(entry.path)), None)):
-        raise ValueError(f"{shown(folder)} holds class folders ({shown(first)}) and tar files ({shown(Path(tars[0]).name)}): which are "
-                         "the data? Move the others away")
+        raise ValueError(f"{shown(Path(folder).name)}/ holds class folders ({shown(first)}) and tar files ({shown(Path(tars[0]).name)}): "
+                         "which are the data? Move the others away")
     return tars
 
 
@@ -423,8 +424,10 @@ class ShardedImages(Dataset):
         self.bounds = np.cumsum([0, *index.counts])
         self.targets = self.records["target"]
         self.run = run_length(self.targets)
-        self.notes = [f"{shown(folder)} has no index: its {len(self.shards)} shards were read from header to header; "
-                      f"{remedy(folder)} does it once"] if scanned else []
+        self.notes = [spread(f"{shown(folder.name)}/", self.classes, np.bincount(self.targets, minlength=len(self.classes)))]
+        if scanned:
+            self.notes.append(f"{shown(folder)} has no index: its {len(self.shards)} shards were read from header to header; "
+                              f"{remedy(folder)} does it once")
         if self.run == 1:
             self.notes.append(f"{shown(folder)}: its shards were written class by class, so images are read one by one, at random; "
                               "shards in mixed order (python datasets.py shards) are read in runs")

@@ -182,7 +182,7 @@ def test_what_webdataset_writes_is_read(tmp_path):
     found = ShardedImages(shards.find(tmp_path), plain)
     assert [(which(image), label) for image, label, _ in found] == [(10 * part + i, i) for part in range(2) for i in range(5)]
     assert (found.classes, found.named) == (list("01234"), False)
-    assert found.notes and "no index" in found.notes[0] and f"python datasets.py index {tmp_path.parent}" in found.notes[0]
+    assert "no index" in found.notes[1] and f"python datasets.py index {tmp_path.parent}" in found.notes[1]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -375,9 +375,11 @@ EXPECTED = [(i, i % 3) for i in range(12)]
 
 def test_shards_without_an_index_are_read_and_it_is_said_once(numbered, command, run_main):
     assert content_of(numbered) == EXPECTED
-    assert len(ShardedImages(shards.find(numbered)).notes) == 1
+    count = "train/: 12 images in 3 classes, from 4 (0) to 4 (0) a class"
+    assert ShardedImages(shards.find(numbered)).notes == [count, f"{numbered} has no index: its 2 shards were read from header to header; "
+                                                          f"python datasets.py index {numbered.parent} does it once"]
     assert "train: 12 images of 3 classes in 2 shards\n" in command("index", numbered.parent)
-    assert content_of(numbered) == EXPECTED and ShardedImages(shards.find(numbered)).notes == []
+    assert content_of(numbered) == EXPECTED and ShardedImages(shards.find(numbered)).notes == [count]
 
 
 def test_an_index_of_an_earlier_version_is_accepted(numbered):
@@ -706,8 +708,8 @@ def test_class_folders_beside_a_tar_are_not_guessed_about(tiny_folder, tmp_path,
     root = shutil.copytree(tiny_folder, tmp_path / "data")
     write_tar(root / "val" / "backup.tar", pairs(3))
     done = run_main("--data-path", root, "--device=cpu")
-    assert (done.returncode, done.stderr) == (2, f"error: {root}/val holds class folders (flower) and tar files (backup.tar): which are "
-                                              "the data? Move the others away\n")
+    assert (done.returncode, done.stderr) == (2, f"error: --data-path {root}: val/ holds class folders (flower) and tar files "
+                                              "(backup.tar): which are the data? Move the others away\n")
 
 
 def test_a_folder_called_tar_is_a_class(tmp_path):
