@@ -90,15 +90,15 @@ def build_teacher(args, student, device, preprocessing, say):
     outputs = numbering.of(classes)
     if len(numbering.names) != len(classes):
         outputs = [numbering.index[labels.normal(name)] for name in classes]
-    own = networks.preprocessing(name, size, content, published=not path)
+    own = networks.preprocessing(name, size, content, not path, path)
     say(f"The teacher sees {size} pixels, {own}")
     teacher = losses.Teacher(teacher, size, own, preprocessing)
     return (teacher if outputs is None else Reordered(teacher, outputs)).to(device).eval()
 
 
-def preprocessing_of(args, content):
+def preprocessing_of(args, content, path=None):
     """How images are prepared for this run's weights. content: of --finetune or --resume, None without."""
-    own = networks.preprocessing(args.model, args.input_size, content, args.pretrained)
+    own = networks.preprocessing(args.model, args.input_size, content, args.pretrained, path=path or "the checkpoint")
     return own.override(args.mean, args.std, args.crop_pct, args.interpolation)
 
 
@@ -317,9 +317,11 @@ def main(args):
         say(f"note: {note}")
 
     content, path = read_weights(args)
-    preprocessing = preprocessing_of(args, content)
+    preprocessing = preprocessing_of(args, content, path)
     if preprocessing != transforms.TWINS:
-        say(f"note: images are prepared as these weights want them: {preprocessing}")
+        say(f"note: images are not prepared as Twins' are, but with {preprocessing}")
+    if args.teacher_model:
+        networks.configuration(args.teacher_model, "--teacher-model")  # a wrong name ends before the data are read
     train_loader, val_loader, classes = build_data(args, ranks, preprocessing)
     for found in filter(None, (train_loader, val_loader)):
         for note in getattr(found.dataset, "notes", ()):

@@ -123,15 +123,15 @@ def try_checkpointing(net, name, input_size):
         buffer.copy_(value)
 
 
-def preprocessing(name, input_size, content=None, published=False):
-    """How images are prepared for weights: as their checkpoint says, else as timm publishes the model; without weights as Twins.
+def preprocessing(name, input_size, content=None, published=False, path="the checkpoint"):
+    """How images are prepared for weights: as our checkpoint says, else as timm publishes the model; without weights as Twins.
 
     content: the checkpoint, as read. published: timm's weights are taken. Our checkpoints that do not say it are of a time when
-    all were trained as Twins.
+    all were trained as Twins. Raises ValueError.
     """
     config, said = configuration(name), content if isinstance(content, dict) else {}
-    if "preprocessing" in said:
-        return transforms.Preprocessing.load(said["preprocessing"])
-    if (content is None and not published) or {"options", "classes"} <= set(said):
+    if {"options", "classes"} <= set(said):
+        return transforms.Preprocessing.load(said["preprocessing"], path) if "preprocessing" in said else transforms.Preprocessing()
+    if content is None and not published:
         return transforms.Preprocessing()
     return transforms.Preprocessing.published(config, input_size)

@@ -174,7 +174,7 @@ def report(folder, data_path=None, device="auto", count=40, say=print):
     args.data_path = data_path or args.data_path
     args.class_map = args.class_map if Path(args.class_map).is_file() else ""  # the checkpoint has the names as well
     ranks = devices.Ranks(devices.choose(device))
-    _, loader, classes = main.build_data(args, ranks, main.preprocessing_of(args, content))
+    _, loader, classes = main.build_data(args, ranks, main.preprocessing_of(args, content, best))
     numbering = main.number_classes(args, [loader.dataset], classes, content, best)
     for note in numbering.notes:
         say(f"note: {note}")

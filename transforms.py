@@ -34,7 +34,7 @@ class Preprocessing:
         return cls.load({field.name: found[field.name] for field in fields(cls)})
 
     @classmethod
-    def load(cls, saved):
+    def load(cls, saved, path="the checkpoint"):
         """What `save` gave. Raises ValueError for anything else: a checkpoint may be anybody's."""
         try:
             found = cls(**{**saved, "mean": tuple(map(float, saved["mean"])), "std": tuple(map(float, saved["std"])),
@@ -45,8 +45,8 @@ class Preprocessing:
         except (TypeError, KeyError, ValueError, AttributeError):
             right = False
         if not right:
-            raise ValueError(f"the checkpoint's preprocessing is {str(saved)[:100]!r}: expected mean, std, crop_pct, crop_mode and "
-                             "interpolation of images with three channels: give them as options, and remove it from the file")
+            raise ValueError(f"{path}: its preprocessing is {str(saved)[:100]!r}: expected mean, std, crop_pct, crop_mode and "
+                             "interpolation of images with three channels: write them there, or remove it")
         return found
 
     def save(self):

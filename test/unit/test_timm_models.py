@@ -262,8 +262,10 @@ def test_whose_pre_processing_it_is():
     assert networks.preprocessing(name, 32) == TWINS
     assert networks.preprocessing(name, 32, published=True) == networks.preprocessing(name, 32, {"model": {}}) == HALF
     assert networks.preprocessing(name, 32, {"stem.0.weight": torch.zeros(1)}) == HALF
-    assert networks.preprocessing(name, 32, {"model": {}, "options": {}, "classes": []}) == TWINS
-    assert networks.preprocessing(name, 32, {"model": {}, "preprocessing": own.save()}) == own
+    ours = {"model": {}, "options": {}, "classes": []}
+    assert networks.preprocessing(name, 32, ours) == TWINS
+    assert networks.preprocessing(name, 32, {**ours, "preprocessing": own.save()}) == own
+    assert networks.preprocessing(name, 32, {"model": {}, "preprocessing": "another project's word"}) == HALF
     assert Preprocessing.load({**own.save(), "mean": list(own.mean)}) == own
     assert own.override(mean=(0.0, 0.0, 0.0), crop_pct=1.0) == Preprocessing((0.0, 0.0, 0.0), own.std, 1.0, "squash", "bilinear")
     assert own.override() == own
@@ -273,8 +275,8 @@ def test_whose_pre_processing_it_is():
                                    {**HALF.save(), "crop_pct": float("nan")}, {**HALF.save(), "interpolation": "x"},
                                    {**HALF.save(), "crop_mode": "x"}, {**HALF.save(), "more": 1}, {**HALF.save(), "crop_pct": "x"}])
 def test_a_record_that_is_none_is_one_line(wrong):
-    with pytest.raises(ValueError, match=r"^the checkpoint's preprocessing is .*: expected mean, std") as caught:
-        networks.preprocessing("test_convnext", 32, {"preprocessing": wrong})
+    with pytest.raises(ValueError, match=r"^a.pth: its preprocessing is .*: expected mean, std") as caught:
+        networks.preprocessing("test_convnext", 32, {"options": {}, "classes": [], "preprocessing": wrong}, path="a.pth")
     assert "\n" not in str(caught.value)
 
 
@@ -309,7 +311,7 @@ def test_weights_are_evaluated_as_timm_publishes_their_model(works, data, publis
     path, net = published
     assert accuracy(net, data, HALF)[1] != pytest.approx(accuracy(net, data, TWINS)[1], abs=0.01), "the oracle must tell them apart"
     done = works("--model=test_convnext", "--eval", "--resume", path)
-    assert f"note: images are prepared as these weights want them: {HALF}" in done.out
+    assert f"note: images are not prepared as Twins' are, but with {HALF}" in done.out
     assert_evaluates(done.out, net, data, HALF)
     other = Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 1.0, "center", "bilinear")
     words = ["--mean", "0.1", "0.2", "0.3", "--std", "0.4", "0.5", "0.6", "--crop-pct=1", "--interpolation=bilinear"]
