@@ -51,8 +51,8 @@ def read(path):
     Raises ValueError in one line for a file that is not there, not whole, or not plain data.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no checkpoint {path}: look at the path")
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        raise ValueError(f"no checkpoint {path}: look at the path of --resume, --finetune or --teacher-path")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -4,7 +4,7 @@ Every row: spellings, default, type, unit, where it came from, help. A hyphen an
 name. `parse(argv)` gives the checked arguments; nothing changes them afterwards.
 """
 import argparse
-import math
+import re
 
 MODELS = ("pcpvt_small_v0", "pcpvt_base_v0", "pcpvt_large_v0", "alt_gvt_small", "alt_gvt_base", "alt_gvt_large")
 # Parts of the names of timm's optimizers that have a --momentum, and of those that have no --opt-eps
@@ -122,6 +122,14 @@ OPTIONS = {
     ],
 }
 # fmt: on
+# What a number may be. Above the largest ones nothing fits a machine, or a library waits, overflows or fails in words of its own.
+MANY = 10**9
+LIMITS = dict(
+    batch_size=(1, 10**6), epochs=(1, 10**5), max_step=(0, MANY), input_size=(32, 2**14), num_workers=(0, 1024), accum_steps=(1, 10**6),
+    val_interval=(1, MANY), print_freq=(1, MANY), start_epoch=(0, MANY), sched_lag=(0, MANY), warmup_epochs=(0, MANY),
+    cooldown_epochs=(0, MANY), patience_epochs=(0, MANY), recount=(1, 1000), seed=(0, 2**32 - 1), lr=(0, 1e4), warmup_lr=(0, 1e4),
+    min_lr=(0, 1e4), weight_decay=(0, 1e4), clip_grad=(0, 1e30), opt_eps=(0, 1e6), mixup=(0, 1e6), cutmix=(0, 1e6), color_jitter=(0, 1e6),
+    distillation_tau=(1e-6, 1e6), decay_epochs=(1e-6, MANY), decay_rate=(1e-6, 1e3), lr_noise_pct=(0.01, 1), lr_noise_std=(0, 100))
 DEFAULTS = {names.split()[0][2:].replace("-", "_"): default for rows in OPTIONS.values() for names, default, *_ in rows}
 
 
@@ -129,6 +137,7 @@ class Parser(argparse.ArgumentParser):
     """One line for one mistake."""
 
     def error(self, message):
+        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
         self.exit(2, f"error: {message} (python main.py --help lists the options)\n")
 
 
@@ -204,32 +213,42 @@ def resume_file(args):
 
 def check(args):
     """Raises ValueError for what cannot work together, before anything is loaded."""
-    at_least = dict(batch_size=1, epochs=1, max_step=0, input_size=32, num_workers=0, accum_steps=1, val_interval=1,
-                    print_freq=1, start_epoch=0, sched_lag=0, warmup_epochs=0, recount=1, lr=0, weight_decay=0, clip_grad=0,
-                    mixup=0, cutmix=0, distillation_tau=1e-6, decay_epochs=1e-6, decay_rate=1e-6, warmup_lr=0, min_lr=0,
-                    cooldown_epochs=0, patience_epochs=0, opt_eps=0)
-    for name, least in at_least.items():
+    for name, (least, most) in LIMITS.items():
         value = getattr(args, name)
-        if not math.isfinite(value) or value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, and must be at least {least}")
+        if not least <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, and must be at {f'most {most}' if value > most else f'least {least}'}")
     for name in ("drop", "drop_path", "reprob", "mixup_prob", "mixup_switch_prob", "distillation_alpha", "hflip"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, and must be between 0 and 1")
     for name in ("smoothing", "drop_path", "momentum", "model_ema_decay"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, and must be at least 0 and less than 1")
-    if args.lr_noise is not None and not (len(args.lr_noise) <= 2 and all(0 <= x <= 1 for x in args.lr_noise)):
-        raise ValueError("--lr-noise takes one or two fractions of the schedule, for example 0.4 0.8")
+    if args.lr_noise is not None and not (len(args.lr_noise) <= 2 and all(0 <= x <= 1 for x in args.lr_noise)
+                                          and (len(args.lr_noise) < 2 or args.lr_noise[0] < args.lr_noise[1])):
+        raise ValueError("--lr-noise takes one or two fractions of the schedule, the smaller first, for example 0.4 0.8")
+    if args.lr_noise_std > 100 * args.lr_noise_pct:  # timm draws until one is within the limit
+        raise ValueError(f"--lr-noise-std is {args.lr_noise_std}, and must be at most 100 times --lr-noise-pct, {args.lr_noise_pct}")
+    if args.opt_betas is not None and not all(0 <= x < 1 for x in args.opt_betas):
+        raise ValueError(f"--opt-betas is {' '.join(map(str, args.opt_betas))}, and each must be at least 0 and less than 1")
+    if (args.sched == "step" and args.decay_rate > 1) or (args.sched == "plateau" and args.decay_rate >= 1):
+        raise ValueError(f"--decay-rate is {args.decay_rate}, and must be {'at most' if args.sched == 'step' else 'less than'} 1 "
+                         f"for --sched {args.sched}: it is the factor that the rate is multiplied by")
     for name in ("cutmix_minmax", "crop_scale"):
         pair = getattr(args, name)
         if pair is not None and not (len(pair) == 2 and 0 <= pair[0] <= pair[1] <= 1 and pair[1] > 0):
             raise ValueError(f"--{name.replace('_', '-')} takes two numbers between 0 and 1, the smaller first: 0.2 0.8")
+    operations = re.findall(r"-([nwda])(\d+(?:\.\d+)?)", args.aa)
+    if any(float(number) > 100 or (part == "a" and not float(number)) for part, number in operations):
+        raise ValueError(f"--aa {args.aa}: n, w and d are how many operations, at most 100 (a: more than 0)")
+    if args.cutmix_minmax is not None and int(args.input_size * args.cutmix_minmax[0]) >= int(args.input_size * args.cutmix_minmax[1]):
+        raise ValueError(f"--cutmix-minmax {' '.join(map(str, args.cutmix_minmax))} leaves no box between them at {args.input_size} pixels: "
+                         "0.2 0.8")
     for name in ("mean", "std"):
         value = getattr(args, name)
         if value is not None and not (len(value) == 3 and all((x > 0 or name == "mean") and 0 <= x <= 1 for x in value)):
             raise ValueError(f"--{name} takes three numbers between 0 and 1, of red, green and blue: 0.5 0.5 0.5")
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        raise ValueError(f"--crop-pct is {args.crop_pct}, and must be more than 0 and at most 1")
+    if args.crop_pct is not None and not 0.01 <= args.crop_pct <= 1:
+        raise ValueError(f"--crop-pct is {args.crop_pct}, and must be between 0.01 and 1")
     if args.sched == "plateau" and args.no_eval:
         raise ValueError("--sched plateau follows the accuracy: it needs evaluations, not --no-eval")
     if mixes(args) and args.batch_size % 2 and not (args.eval or args.throughout):
