@@ -104,8 +104,8 @@ def preprocessing_of(args, content, path=None):
 
 def build_data(args, ranks, preprocessing=transforms.TWINS):
     """-> training loader (None for an evaluation), validation loader (None for --no-eval), class names"""
-    small = args.data_set in ("CIFAR", "CIFAR10") and args.input_size == 32
-    transform = partial(datasets.build_transform, input_size=args.input_size, native_size=small, preprocessing=preprocessing)
+    transform = partial(datasets.build_transform, input_size=args.input_size, native_size=options.native_size(args),
+                        preprocessing=preprocessing)
     train_transform = transform(
         is_train=True, color_jitter=args.color_jitter, auto_augment=args.aa, interpolation=args.train_interpolation,
         reprob=args.reprob, remode=args.remode, recount=args.recount, hflip=args.hflip, crop_scale=args.crop_scale)
@@ -287,7 +287,7 @@ def recipe(args, ranks, precision, peak_lr, optimizer, schedule, net, train_load
         "Recipe",
         f"  model          {args.model}, {sum(p.numel() for p in net.parameters()):,} parameters, {net.num_classes} classes, "
         f"{args.input_size} pixels",
-        f"  images         {preprocessing}" + (f", crops {args.train_interpolation}" if args.train_interpolation else ""),
+        f"  images         {preprocessing.describe(args.train_interpolation, options.native_size(args))}",
         f"  device         {devices.describe(ranks.device)}, world size {ranks.world_size}",
         f"  precision      {precision.name}",
         f"  global batch   {per_step * args.accum_steps} = {args.batch_size} x {ranks.world_size} ranks x "

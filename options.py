@@ -95,7 +95,7 @@ OPTIONS = {
         ("--aa",                   "rand-m9-mstd0.5-inc1", str, None,           "deit",  "auto-augment policy; none: off"),
         ("--mean",                 None,            floats, "red green blue, 0..1", "timm", "mean of the pixels; the default is the weights' own, and Twins' without weights"),
         ("--std",                  None,            floats, "red green blue, 0..1", "timm", "their standard deviation; as --mean"),
-        ("--interpolation",        None,            str,   ("bilinear", "bicubic"), "timm", "of evaluated images; as --mean"),
+        ("--interpolation",        None,            str,   ("bilinear", "bicubic"), "timm", "of evaluated images, and of the random crop where --train-interpolation says nothing; as --mean"),
         ("--crop-pct",             None,            float, "of the side",       "timm",  "the middle of an image that is evaluated; as --mean (Twins': 0.875)"),
         ("--train-interpolation",  None,            str,   ("random", "bilinear", "bicubic"), "deit", "of the random crop; the default is the weights' own (Twins': bicubic)"),
         ("--smoothing",            0.1,             float, "probability",       "deit",  "label smoothing"),
@@ -211,6 +211,11 @@ def resume_file(args):
     return "" if finetune_file(args) else args.resume
 
 
+def native_size(args):
+    """Whether the images already have the input's size: they are then never resized."""
+    return args.data_set in ("CIFAR", "CIFAR10") and args.input_size == 32
+
+
 def check(args):
     """Raises ValueError for what cannot work together, before anything is loaded."""
     for name, (least, most) in LIMITS.items():
@@ -304,8 +309,10 @@ def notes(args, device_type=None):
         idle(["warmup_lr", "warmup_epochs", "min_lr", "sched_lag", "lr_noise"], "there is no schedule")
     if args.sched in ("constant", "step"):
         idle(["min_lr"], f"the {args.sched} schedule has no floor")
-    if args.data_set in ("CIFAR", "CIFAR10") and args.input_size == 32:
+    if native_size(args):
         idle(["crop_scale", "train_interpolation", "interpolation", "crop_pct"], "CIFAR at 32 pixels is padded and cropped, never resized")
+    elif args.no_eval:
+        idle(["crop_pct"], "nothing is evaluated")
     if resume_file(args):
         idle(["start_epoch"], "a checkpoint that can be resumed says where to go on")
     if args.sched not in ("step", "plateau", "poly"):

@@ -57,10 +57,17 @@ class Preprocessing:
         said = dict(mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
         return replace(self, **{key: value for key, value in said.items() if value is not None})
 
-    def __str__(self):
+    def describe(self, train_interpolation=None, native_size=False):
+        """What is done to images, as `build_transform` is told."""
         mean, std = (" ".join(f"{x:.4g}" for x in values) for values in (self.mean, self.std))
+        if native_size:
+            return f"mean {mean}, std {std}, never resized"
         mode = "" if self.crop_mode == "center" else f" ({self.crop_mode})"
-        return f"mean {mean}, std {std}, {self.interpolation}, crop {self.crop_pct:g}{mode}"
+        return f"mean {mean}, std {std}, {self.interpolation}, crop {self.crop_pct:g}{mode}" + (
+            f", random crops {train_interpolation}" if train_interpolation not in (None, self.interpolation) else "")
+
+    def __str__(self):
+        return self.describe()
 
 
 TWINS = Preprocessing()

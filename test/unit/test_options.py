@@ -307,6 +307,8 @@ IDLE = {
     "--sched none --warmup-lr 1e-5": "warmup_lr", "--sched none --min-lr 1e-6": "min_lr", "--sched none --sched-lag 0": "sched_lag",
     "--sched none --lr-noise 0.4 0.9": "lr_noise", "--data-set CIFAR --input-size 32 --crop-scale 0.2 1": "crop_scale",
     "--data-set CIFAR10 --input-size 32 --train-interpolation bilinear": "train_interpolation",
+    "--data-set CIFAR --input-size 32 --crop-pct 1": "crop_pct", "--no-eval --crop-pct 1": "crop_pct",
+    "--data-set CIFAR --input-size 32 --interpolation bilinear": "interpolation",
     "--resume a.pth --start_epoch 2": "start_epoch", "--resume auto --output_dir out --start_epoch 2": "start_epoch"}
 
 

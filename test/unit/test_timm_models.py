@@ -1,6 +1,4 @@
 """timm's models with their own ways: names, arguments, two heads, pre-processing; timm itself is the oracle."""
-import logging
-
 import numpy as np
 import pytest
 import timm
@@ -327,6 +325,24 @@ def test_pretrained_weights_are_prepared_as_published(works, data, published, mo
     assert_evaluates(works("--model=test_convnext", "--eval", "--pretrained").out, published[1], data, HALF)
 
 
+def test_images_are_described_as_they_are_prepared():
+    assert TWINS.describe() == TWINS.describe("bicubic") == "mean 0.485 0.456 0.406, std 0.229 0.224 0.225, bicubic, crop 0.875"
+    assert HALF.describe("random") == "mean 0.5 0.5 0.5, std 0.5 0.5 0.5, bicubic, crop 0.95, random crops random"
+    assert HALF.describe(native_size=True) == "mean 0.5 0.5 0.5, std 0.5 0.5 0.5, never resized"
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--mean 0.5", "--mean takes three numbers between 0 and 1"), ("--std 0.5 0.5 0", "--std takes three numbers between 0 and 1"),
+    ("--mean 128 128 128", "--mean takes three numbers between 0 and 1"), ("--std nan 1 1", "--std takes three numbers"),
+    ("--crop-pct 0", "--crop-pct is 0.0, and must be more than 0 and at most 1"), ("--crop-pct nan", "--crop-pct is nan"),
+    ("--crop-pct 87.5", "--crop-pct is 87.5")])
+def test_wrong_numbers_for_images_are_one_line(capsys, words, message):
+    with pytest.raises(SystemExit) as caught:
+        options.parse(["--data-path=x", *words.split()])
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
 def test_fine_tuned_weights_remember_their_images(works, data, published, tmp_path):  # noqa: F811
     """The recipe says them, the checkpoint keeps them, and an evaluation and a resume of it use them; a start from nothing is Twins'."""
     words = ["--model=test_convnext", *PLAIN, "--max_step=1", "--lr=0.1"]
@@ -380,7 +396,6 @@ def test_a_published_teacher_of_other_classes_is_refused(start):  # noqa: F811
 
 def test_a_teacher_of_timms_teaches_from_its_own_pictures(works, data, published):  # noqa: F811
     """Hard distillation at alpha 1 costs the cross entropy with the teacher's decisions: on 160 pixels, normalised by a half."""
-    logging.getLogger("timm").setLevel(logging.ERROR)
     path, net = published
     words = ["--model=test_convnext", *PLAIN, "--max_step=1", "--epochs=1", "--no-eval", "--batch-size=24",
              "--distillation-type=hard", "--distillation-alpha=1", "--teacher-model=test_convnext", "--teacher-path", path]
@@ -398,3 +413,15 @@ def test_a_teacher_of_timms_teaches_from_its_own_pictures(works, data, published
     (loss,) = printed_losses(done.out)
     assert loss == pytest.approx(F.cross_entropy(logits, decided).item(), abs=2e-2)
 
+
+def test_on_the_command_line_the_head_of_labels_does_not_learn_from_the_teacher(works, published, tmp_path):  # noqa: F811
+    """With the whole loss the teacher's and no decay, a step of AdamW moves only what has a gradient."""
+    path = tmp_path / "levit.pth"
+    net = timm.create_model("levit_128s", num_classes=CLASSES, img_size=64)
+    torch.save(net.state_dict(), path)
+    works("--model=levit_128s", "--input-size=64", *PLAIN, "--finetune", path, "--epochs=1", "--max_step=1", "--lr=0.1", "--no-eval",
+          "--weight-decay=0", "--distillation-type=soft", "--distillation-alpha=1", "--teacher-model=test_convnext", "--teacher-path",
+          published[0], "--output_dir", tmp_path / "run")
+    saved = load(tmp_path / "run" / "checkpoint.pth")["model"]
+    assert torch.equal(saved["head.linear.weight"], net.head.linear.weight)
+    assert not torch.equal(saved["head_dist.linear.weight"], net.head_dist.linear.weight)
