@@ -210,7 +210,7 @@ class Block(nn.Module):
 
 @traced_whole_function
 def add_branch(x, branch, keep):
-    return x + branch if keep is None else AddScaled.apply(x, branch, keep.to(x.dtype))
+    return x + branch if keep is None else AddScaled.apply(x, branch, keep)
 
 
 class AddScaled(torch.autograd.Function):
@@ -280,12 +280,12 @@ def keep_probabilities(rate, blocks, device):
 
 
 @traced_whole_function
-def drop_path_factors(rate, blocks, batch, device):
+def drop_path_factors(rate, blocks, batch, device, dtype):
     """2 * blocks factors (batch, 1, 1, 1) that are 0 or 1 / keep_prob: one draw for the whole model, not one a branch."""
     make = keep_probabilities.__wrapped__ if torch.compiler.is_compiling() else keep_probabilities
     keep = make(rate, blocks, device)
     drawn = torch.rand(keep.shape[0], batch, device=device) < keep
-    return (drawn / keep).view(-1, batch, 1, 1, 1).unbind(0)
+    return (drawn / keep).to(dtype).view(-1, batch, 1, 1, 1).unbind(0)
 
 
 @traced_whole_function
@@ -373,7 +373,8 @@ class Twins(nn.Module):
         blocks = sum(self.depths)
         if not (self.training and self.drop_path_rate):
             return [None] * (2 * blocks)
-        factors = drop_path_factors(self.drop_path_rate, blocks, x.shape[0], x.device)
+        dtype = self.patch_embeds[0].norm.weight.dtype  # not the map's: under autocast float32 factors keep the sum of branches float32
+        factors = drop_path_factors(self.drop_path_rate, blocks, x.shape[0], x.device, dtype)
         return [None, None, *(factors[i] for i in range(2, 2 * blocks))]  # the first block is always kept
 
     def forward_stages(self, x, stages):

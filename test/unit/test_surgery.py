@@ -115,7 +115,7 @@ def test_adapters_of_every_layer_learn_what_timms_learn(size, autocast):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_pruned_layers_train_step_after_step(autocast):
-    ours, theirs = pair("alt_gvt_small", **SHALLOW)
+    ours, theirs = pair("alt_gvt_small", **ONE)
     for model in (ours, theirs):
         for layer in model.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
@@ -301,6 +301,16 @@ def test_a_model_of_bfloat16_trains_with_drop_path():
     out.sum().backward()
     assert out.dtype == torch.bfloat16
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_under_autocast_drop_path_keeps_the_sum_of_branches_in_float32():
+    """On a CPU the norms give bfloat16: without the factors' own precision the sum over all blocks would have it, too."""
+    model = timm.create_model("alt_gvt_small", drop_path_rate=0.5, **SHALLOW).train()
+    kinds = []
+    for i, block in enumerate(block for stage in model.blocks for block in stage):
+        block.register_forward_hook(lambda m, args, out, i=i: kinds.append((i, out.dtype)))
+    train_step(model, images(2, 32, 32), True)
+    assert {kind for i, kind in kinds if i} == {torch.float32}
 
 
 @pytest.mark.parametrize("settings, rates", [
