@@ -70,7 +70,7 @@ class MetricLogger:
             self.bar.update(step + 1 - self.bar.n)
             self.bar.set_postfix({"lr": f"{lr:.2e}", "fps": f"{fps:.1f}", **values} if lr is not None else {"fps": f"{fps:.1f}"})
             return
-        total = max(self.total, step + 1)  # the length of a stream of shards is a guess
+        total = max(self.total, step + 1)  # a loop may turn out longer than was said
         eta = timedelta(seconds=int(seconds * (total - step - 1)))
         parts = [f"{self.header}  [{step:>{len(str(total))}}/{total}]", f"eta: {eta}"]
         parts += [f"lr: {lr:.6g}"] if lr is not None else []

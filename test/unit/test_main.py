@@ -945,6 +945,19 @@ def shards(data, tmp_path_factory):
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:This DataLoader will create:UserWarning")
+def test_shards_are_evaluated_as_their_folders_and_trained_with_repeated_augmentation(start, place, shards):
+    """The same accuracy to the last digit, and as many iterations, with workers too."""
+    words = [SMALL, "--eval", "--resume", place / "run" / "checkpoint.pth"]
+    told = [re.search(r"^Accuracy .*", start(*words, *more).out, re.M)[0] for more in (
+        [], ["--data-path", shards], ["--data-path", shards, "--num_workers=2", "--batch-size=3"])]
+    assert told[0] == told[1] == told[2] and "on the 11 test images" in told[0]
+    for more in ([], ["--repeated-aug", "--num_workers=2"]):
+        done = start(SMALL, "--data-path", shards, "--epochs=1", "--no-eval", *more)
+        assert done.status == 0 and "3 iterations an epoch" in done.out, done.err
+        assert "train/: 24 images in 3 classes, from 8 (flower) to 8 (flower) a class" in done.out
+
+
 @pytest.mark.parametrize("workers, words", [(0, ["--max_step=1"]), (0, ["--eval", "--resume"]), (2, ["--eval", "--resume"])])
 def test_a_damaged_shard_behind_its_index_is_one_line(start, run_main, place, data, shards, workers, words):
     root = shutil.copytree(shards, place / "shards")
