@@ -217,7 +217,8 @@ if __name__ == "__main__":
                 raise ValueError(f"{paths[0]} has neither train/ nor val/ with tar shards")
             for split in splits:
                 index = shards.write_index(split)
-                print(f"{split.name}: {len(index.records)} images of {len(index.classes)} classes in {len(index.counts)} shards")
+                print(f"{split.name}: {len(index.records)} images of {len(index.classes)} classes in {len(index.counts)} shards",
+                      *shards.left_out(index), sep="; ")
         else:
             sys.exit(__doc__)
     except (ValueError, OSError) as error:

@@ -132,7 +132,7 @@ def read_label(extension, content):
 
 
 def scan_shard(shard):
-    """-> bytes of the tar, its records without classes, [(label, its member's name)]. Raises DataError."""
+    """-> bytes of the tar, its records without classes, [(label, its member's name)], what was left out. Raises DataError."""
     try:
         with open_file(shard) as file:
             size = os.fstat(file.fileno()).st_size
@@ -161,7 +161,7 @@ def check_is_tar(file, shard):
                     except READ_ERRORS as error:
                         raise ValueError(f"{kind} data that are damaged or break off: {reason(error)}") from error
             raise unreadable(shard, f"it is compressed with {kind}, and images are read from the midst of a shard",
-                             f"{command} {shlex.quote(str(shard))}")
+                             f"{command} {shown(shlex.quote(str(shard)))}")
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.EOFHeaderError:
@@ -203,13 +203,17 @@ def sort_out(file, size):
 
 
 def pair(images, labels):
-    """-> records, [(label, name)] of the images that have a label. Raises ValueError for those that have none, and no sense."""
-    records, found, used = [], [], set()
+    """-> records, [(label, name)] of the images that have a label, names of images that are only beside one, such as masks.
+
+    Raises ValueError for images without a label, and labels without an image.
+    """
+    records, found, left, used = [], [], [], set()
     for key, (start, length, name) in images.items():
         label = labels.get(key)
         if label is None:  # a/1.input.jpg beside a/1.cls; but a mask a/1.seg.png beside a/1.jpg is none of ours
             key = first_key(key)
             if key in images and key in labels:
+                left.append(name)
                 continue
             label = labels.get(key)
             if label is None or key in used:
@@ -221,7 +225,7 @@ def pair(images, labels):
         found.append((label[4], label[3]))
     if lost := next((label[3] for key, label in labels.items() if key not in used and label[0] == 0), None):
         raise ValueError(f"{lost} has no image beside it: .jpg, .png or another of {', '.join(sorted(EXTENSIONS))}")
-    return np.array(records, RECORD), found
+    return np.array(records, RECORD), found, left
 
 
 # ---- the index ----
@@ -233,6 +237,7 @@ class Index(NamedTuple):
     counts: list  # images of each shard
     sizes: list  # bytes of each shard
     records: np.ndarray  # of RECORD, shard after shard
+    left: list = ()  # images that were left out, where the shards were read
 
 
 def numbers(count):
@@ -259,20 +264,26 @@ def scan(shards, classes=None, named=False):
     with ThreadPoolExecutor(8) as pool:  # they wait for the disk
         parts = list(pool.map(scan_shard, shards))
     if not named:
-        labels = [label for *_, found in parts for label, _ in found]
+        labels = [label for _, _, found, _ in parts for label, _ in found]
         if labels and all(isinstance(label, str) for label in labels):
             classes, named = sorted(set(labels)), True
         else:
             largest = max((label for label in labels if not isinstance(label, str) and label < MOST_CLASSES), default=-1)
             classes = numbers(max(largest + 1, len(classes or ())))
     known = {name: i for i, name in enumerate(classes)}
-    for shard, (_, records, found) in zip(shards, parts):
+    for shard, (_, records, found, _) in zip(shards, parts):
         try:
             records["target"] = [number_of(label, name, known) for label, name in found]
         except ValueError as error:
             raise unreadable(shard, str(error), "mend the label, or the names in index.json") from error
-    return Index(classes, named, [len(records) for _, records, _ in parts], [size for size, *_ in parts],
-                 np.concatenate([records for _, records, _ in parts] or [np.empty(0, RECORD)]))
+    sizes, records, _, left = zip(*parts)
+    return Index(classes, named, [len(found) for found in records], list(sizes), np.concatenate(records),
+                 [name for some in left for name in some])
+
+
+def left_out(index):
+    """What to say of images that are no samples."""
+    return [f"left out: {len(index.left):,} images beside others of a label of their own, such as {index.left[0]}"] if index.left else []
 
 
 def read_json(folder):
@@ -300,7 +311,7 @@ def read_json(folder):
 
 
 def remedy(folder):
-    return f"python datasets.py index {shlex.quote(str(folder.parent))}"
+    return f"python datasets.py index {shown(shlex.quote(str(folder.parent)))}"
 
 
 def read_index(folder, shards):
@@ -428,6 +439,7 @@ class ShardedImages(Dataset):
         if scanned:
             self.notes.append(f"{shown(folder)} has no index: its {len(self.shards)} shards were read from header to header; "
                               f"{remedy(folder)} does it once")
+        self.notes += [f"{shown(folder.name)}/ {text}" for text in left_out(index)]
         if self.run == 1:
             self.notes.append(f"{shown(folder)}: its shards were written class by class, so images are read one by one, at random; "
                               "shards in mixed order (python datasets.py shards) are read in runs")
@@ -466,7 +478,7 @@ class ShardedImages(Dataset):
             try:
                 file = self.open(number)  # while it is named here, another thread cannot close it
                 data = os.pread(file.fileno(), end - begin, begin)
-            except OSError as error:
+            except READ_ERRORS as error:
                 raise unreadable(self.shards[number], reason(error)) from error
             found |= {(i, what): data[start - begin:start - begin + length] for _, start, length, i, what in group}
         return found

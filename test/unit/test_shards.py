@@ -558,7 +558,8 @@ def test_odd_shards_whose_meaning_is_clear(tmp_path, what):
         (folder / "x.tar").write_bytes(data)
     for _ in range(2):
         assert sorted(content_of(folder)) == EXPECTED
-        shards.write_index(folder)
+        left = shards.left_out(shards.write_index(folder))
+        assert left == (["left out: 12 images beside others of a label of their own, such as 0000.seg.png"] if what == "masks" else [])
 
 
 def link(name, to, kind=tarfile.LNKTYPE):
@@ -717,6 +718,17 @@ def test_a_folder_called_tar_is_a_class(tmp_path):
         (tmp_path / split / "pitch.tar").mkdir(parents=True)
         (tmp_path / split / "pitch.tar" / "a.png").write_bytes(picture())
     assert datasets.build_dataset(True, tmp_path)[1] == ["pitch.tar"]
+
+
+def test_a_newline_in_a_name_stays_in_its_line(tmp_path):
+    folder = tmp_path / "two\nlines" / "train"
+    write_tar(folder / "a\n.tar", pairs(3))
+    assert "two\\nlines" in ShardedImages(shards.find(folder)).notes[1] and "\n" not in ShardedImages(shards.find(folder)).notes[1]
+    (folder / "index.json").write_text("{")
+    assert "two\\nlines" in refusal(folder)
+    (folder / "index.json").unlink()
+    (folder / "a\n.tar").write_bytes(gzip.compress(b"x"))
+    assert "a\\n.tar" in refusal(folder)
 
 
 def test_hidden_files_are_no_shards(numbered):
