@@ -11,8 +11,9 @@ are compared in Unicode's form NFC. Where two meet, `decide` takes the first tha
    than outputs can be evaluated, over all outputs; fine-tuning gives them a new head. Some name is not among them: an error,
    and in fine-tuning a new head, even where the number fits.
 4. ImageNet: weights that name nothing but have as many outputs as one of ImageNet's sets (1000: ImageNet-1k) have its outputs
-   where all of the data's names are its synsets (n01440764): by name, as in 3. Names that are numbers (ImageNet-V2's 0 to 999)
-   are ImageNet-1k's own numbers where the weights have 1,000 outputs that are not named, or named by synsets: said.
+   where all of the data's names are its synsets (n01440764): by name, as in 3. Names that are numbers (ImageNet-V2's 0 to 999;
+   some of them, but not 0 to 9, which are anything's) are ImageNet-1k's own numbers where the weights have 1,000 outputs that
+   are not named, or named by synsets: said.
 5. The weights name nothing, and have as many outputs as the data classes: a guess. Where the ways in which the usual loaders
    number names agree (torchvision: as strings; timm: numbers by value and without case), or a file says the data's order
    (--class-map, numbers in shards), the outputs are the data's classes in their order: said. Where they differ (0, 1, 10, 2),
@@ -71,11 +72,15 @@ class Numbering:
         return None if found == list(range(len(found))) else found
 
 
+def short(text, quote=repr):
+    return quote(text if len(text) <= 60 else text[:59] + "\u2026")
+
+
 def some(names, count=3, beside=()):
     """A few names for a message: in one line, and with escapes where two of them, or one of `beside`, look alike."""
     looks = [unicodedata.normalize("NFKC", name).casefold().strip() for name in [*names, *beside]]
-    quoted = [ascii(name) if len(set(looks)) < len(looks) else repr(name) for name in names[:count]]
-    return f"[{', '.join(quoted)}{', ...' if len(names) > count else ''}]"
+    quote = ascii if len(set(looks)) < len(looks) else repr
+    return f"[{', '.join(short(name, quote) for name in names[:count])}{', ...' if len(names) > count else ''}]"
 
 
 def named_in(content):
@@ -138,7 +143,8 @@ def decide(data, weights=None, class_map=None, use="train", stated=False, named=
         guessed = imagenet(weights.outputs)
         names = guessed if guessed and set(index) <= set(guessed) else None
     by_number = numbers(data)
-    if by_number and weights.outputs in (1000, None) and max(by_number) < 1000:
+    own = by_number and len(data) < 1000 and max(by_number) == len(data) - 1  # 0 to 9 may be anything's
+    if by_number and not own and weights.outputs in (1000, None) and max(by_number) < 1000:
         synsets = imagenet(1000)
         if (names is None and weights.outputs) or sorted(names or ()) == sorted(synsets):
             at = {name: i for i, name in enumerate(names or synsets)}
@@ -205,6 +211,8 @@ def fit(found, data, weights, use):
         raise ValueError(f"{weights.source} was trained on other classes: {outputs} and the data {len(data)}, only there "
                          f"{some([name for i, name in enumerate(found.names) if i not in found.index.values()])}, only here []: "
                          "use its data, or --finetune")
+    if use == "teacher":
+        found.notes.append(f"{weights.source}: of its {outputs} outputs the {len(data)} of the data's classes teach, by name")
     if use == "evaluate":
         found.notes.append(f"the data have {len(data)} of the {outputs} classes of {weights.source}: accuracy is over all outputs")
     return found
@@ -239,8 +247,8 @@ def by_map(data, weights, class_map, use):
     at = {normal(name): i for i, name in enumerate(known or ())}
     other = [name for name in data if at.get(normal(name), index[normal(name)]) != index[normal(name)]]
     if other and not starts:
-        raise ValueError(f"--class-map says that {other[0]!r} is number {index[normal(other[0])]}, and {weights.source} that it is number "
-                         f"{at[normal(other[0])]}: leave --class-map out, or take the right file")
+        raise ValueError(f"--class-map says that {short(other[0])} is number {index[normal(other[0])]}, and {weights.source} that it is "
+                         f"number {at[normal(other[0])]}: leave --class-map out, or take the right file")
     if starts and weights:
         own = len(known) if known else weights.outputs
         if own not in (None, outputs) or (known and [normal(name) for name in known] != [normal(name) for name in names]):
@@ -290,9 +298,10 @@ def read_class_map(path):
     found = {}
     for name, number in pairs:
         if not name or number < 0 or number >= 10**6:
-            raise ValueError(f"--class-map {shown(path)}: the class {name!r} has the number {number}: names and numbers from 0 are needed")
+            raise ValueError(f"--class-map {shown(path)}: the class {short(name)} has the number {short(str(number), str)}: names and "
+                             "numbers from 0 are needed")
         if normal(name) in found and found[normal(name)] != number:
-            raise ValueError(f"--class-map {shown(path)}: the class {name!r} has two numbers, {found[normal(name)]} and {number}")
+            raise ValueError(f"--class-map {shown(path)}: the class {short(name)} has two numbers, {found[normal(name)]} and {number}")
         found[normal(name)] = number
     if not found:
         raise ValueError(f"--class-map {shown(path)}: it is empty")
@@ -312,7 +321,7 @@ def from_rows(text):
         del rows[0]  # a header
     wrong = next((row for row in rows if len(row) != 2 or numbers(row[1:]) is None), None)
     if wrong is not None:
-        raise ValueError(f"the row {','.join(wrong)!r} is not name,number")
+        raise ValueError(f"the row {short(','.join(wrong))} is not name,number")
     return [(name, int(number)) for name, number in rows]
 
 

@@ -1,5 +1,7 @@
 """Whose labels are these: names, class maps and ImageNet's numbers; through main.py the accuracy that is known."""
+import argparse
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import labels
 import main
 import networks
 from labels import Weights, decide
+from options import DEFAULTS
 
 MODEL = "test_convnext"
 
@@ -187,6 +190,29 @@ def test_numbers_are_imagenets(data, names):
     assert "taken for ImageNet-1k's" in found.notes[0] and ("accuracy is over all" in found.notes[-1]) == (len(data) < 1000)
 
 
+@pytest.mark.parametrize("use", ["evaluate", "teacher"])
+def test_ten_digits_are_not_imagenets_first_ten_fish(use):
+    for names, said in ((None, "1000 outputs without names, and the data 10 classes"), (SYNSETS, "was trained on other classes")):
+        assert said in refusal(NUMBERS[:10], Weights("w", 1000, names), use=use)
+        assert said in refusal(NUMBERS[:10], Weights("w", 1000, names), use=use, named=False) or names
+
+
+def test_some_outputs_of_a_published_teacher_are_picked_by_name():
+    data = SYNSETS[5:500:5]
+    places, found = outputs(data, Weights("w", 1000), use="teacher")
+    assert places == list(range(5, 500, 5)) and found.notes == ["w: of its 1000 outputs the 99 of the data's classes teach, by name"]
+
+
+def test_published_weights_are_evaluated_with_their_own_head(tmp_path):
+    """A head for the data's two classes would be a random one."""
+    args = argparse.Namespace(**DEFAULTS | {"model": "alt_gvt_small", "pretrained": True, "eval": True})
+    dataset = argparse.Namespace(classes=[SYNSETS[7], SYNSETS[3]])
+    found = main.number_classes(args, [dataset], dataset.classes, None, None)
+    assert found.names == SYNSETS and dataset.numbering == [7, 3]
+    args.eval = False
+    assert main.number_classes(args, [dataset], dataset.classes, None, None).fresh
+
+
 def test_what_is_not_imagenets():
     names = [f"{i:04}x" for i in range(1000)]
     assert "are not ImageNet's synsets or numbers" in refusal(names, Weights("w", 1000), use="evaluate")
@@ -235,6 +261,34 @@ def test_what_is_no_class_map_is_one_line(tmp_path, name, text, said):
     with pytest.raises(ValueError) as caught:
         labels.read_class_map(write(tmp_path, name, text))
     assert str(caught.value).startswith(f"--class-map {tmp_path / name}: ") and said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def mutated(data, rng):
+    """Bytes with up to four places changed, cut out, doubled or exchanged for what means something to a reader."""
+    data = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at, size = rng.randrange(len(data) + 1), rng.choice((0, 1, 2, 8))
+        data[at:at + size] = rng.choice((b"", bytes([rng.randrange(256)]), b"\n", b"\r", b'"', b",", b"[", b"{", b"}", b"1e999", b"-",
+                                         b"null", b"\xef\xbb\xbf", b"\0", b"9" * 5000, b"NaN", bytes(data[:at])))
+    return bytes(data)
+
+
+CLASS_MAPS = {"m.txt": b"cat\ndog\n\xc3\xa9el\n", "m.csv": b'name,index\ncat,1\n"a, b",0\n', "m.json": b'{"cat": 1, "dog": 0, "eel": 2}'}
+
+
+@pytest.mark.parametrize("name", CLASS_MAPS)
+def test_mutated_class_maps_are_read_or_refused_in_one_line(tmp_path, name):
+    rng, read = random.Random(0), 0
+    for _ in range(500):
+        path = write(tmp_path, name, mutated(CLASS_MAPS[name], rng))
+        try:
+            found = labels.read_class_map(path)
+        except ValueError as error:
+            assert str(error).startswith(f"--class-map {path}: ") and len(str(error).splitlines()) == 1 and len(str(error)) < 1000
+        else:
+            assert found and all(name and type(number) is int and 0 <= number < 10**6 for name, number in found.items())
+            read += 1
+    assert 20 < read < 480
 
 
 def test_a_class_map_that_is_not_there(tmp_path):
@@ -332,7 +386,7 @@ def evaluated(capsys, tmp_path):
         if status:
             assert status == 2 and err.count("\n") == 1 and not out.count("Accuracy")
             return out, err
-        notes = [line for line in out.splitlines() if line.startswith("note: ") and "images are prepared" not in line]
+        notes = [line for line in out.splitlines() if line.startswith("note: ") and "note: images are " not in line]
         return notes, out.splitlines()[-1].partition("images: ")[2]
     return start
 

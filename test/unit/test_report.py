@@ -1,6 +1,8 @@
 """Pictures of a run: the curves of log.txt, and what the saved weights say of validation images."""
 import json
+import math
 import os
+import random
 import runpy
 import shutil
 import subprocess
@@ -245,6 +247,28 @@ def test_lines_that_are_no_epochs_are_left_out_and_said(tmp_path, text, epochs, 
     assert [row["epoch"] for row in rows] == epochs and len(said) == (note is not None) and (note or "") in "".join(said)
     report.draw_curves(rows, tmp_path / "curves.png")
     assert_is_picture(tmp_path / "curves.png")
+
+
+def test_mutated_logs_are_read_or_refused_in_one_line(tmp_path):
+    rng, whole, read = random.Random(0), "\n".join(ROWS).encode(), 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            at, size = rng.randrange(len(data) + 1), rng.choice((0, 1, 8, 80))
+            data[at:at + size] = rng.choice((b"", bytes([rng.randrange(256)]), b"\n", b'"', b"[", b"}", b"1e999", b"-", b"null",
+                                             b"9" * 5000, b"NaN", b"true", b"\xef\xbb\xbf", bytes(data[:at])))
+        (tmp_path / "log.txt").write_bytes(data)
+        try:
+            rows = report.read_log(tmp_path / "log.txt", lambda note: None)
+        except ValueError as error:
+            assert len(str(error).splitlines()) == 1
+            continue
+        read += 1
+        for key in ("train_loss", "test_acc1", "max_acc1"):
+            assert all(value is None or math.isfinite(value) for row in rows for value in [report.number(row, key)])
+        utils.keep_epochs_before(tmp_path / "log.txt", 2)
+        assert all(row is None or row["epoch"] < 2 for _, row in utils.log_rows(tmp_path / "log.txt"))
+    assert read > 150
 
 
 @pytest.mark.parametrize("data", [b"7\n", b"\xff\xfe\x00", "\n".join(ROWS).encode("utf-16"), b"caf\xe9\n", b"null"])
