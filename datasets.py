@@ -177,7 +177,8 @@ def write_digits(folder):
 def write_shards(source, target, maxcount=5000):
     """Class folders, train/ and val/ or the one there is, as tar shards of at most maxcount images. -> lines that tell of it
 
-    Whole or not there: written beside `target` and renamed. Raises ValueError where something else stands in its place.
+    Whole or not there: written beside `target` and renamed; a process killed by force leaves a hidden folder beside it. Raises
+    ValueError where something else stands in its place.
     """
     source, target = Path(source), Path(os.path.realpath(target))
     splits = [split for split in ("train", "val") if (source / split).is_dir()]

@@ -68,7 +68,10 @@ def members(file, size):
     Raises ValueError where a header is damaged and where the tar is not whole. tarfile's own loop takes a damaged header for
     the end, and so does webdataset.
     """
-    tar, before = tarfile.TarFile(fileobj=file), "at the start"
+    def where():
+        return f"after {shown(last)}" if last else "at the start"
+
+    tar, last = tarfile.TarFile(fileobj=file), None
     tar.offset = 0
     while True:
         start = tar.offset
@@ -81,20 +84,20 @@ def members(file, size):
             raise
         except READ_ERRORS as error:
             if start + BLOCK > size:
-                raise ValueError(f"it breaks off {before}") from error
-            raise ValueError(f"the header at byte {start} is damaged, {before}") from error
+                raise ValueError(f"it breaks off {where()}") from error
+            raise ValueError(f"the header at byte {start} is damaged, {where()}") from error
         if tar.offset <= start or member.size < 0:
             raise ValueError(f"the header of {shown(member.name)} has a size below 0")
         if tar.offset > size:
             raise ValueError(f"it breaks off within {shown(member.name)}")
         yield start, tar.offset, member
-        before = f"after {shown(member.name)}"
+        last = member.name
     if start + 2 * BLOCK > size:
-        raise ValueError(f"it breaks off {before}")
+        raise ValueError(f"it breaks off {where()}")
     file.seek(start)
     while chunk := file.read(1 << 20):
         if chunk.count(0) < len(chunk):
-            raise ValueError(f"something follows its end mark, which stands {before}")
+            raise ValueError(f"something follows its end mark, which stands {where()}")
 
 
 def split_name(name):
