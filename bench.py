@@ -67,6 +67,8 @@ def main():
     parser.add_argument("--drop-path", type=float, default=0.3)
     parser.add_argument("--steps", type=int, default=10, help="pairs of steps that count")
     given = parser.parse_args()
+    if min(given.batch_size, given.steps) < 1 or given.input_size < 32 or not 0 <= given.drop_path < 1:
+        parser.error("--batch-size and --steps are at least 1, --input-size at least 32, and --drop-path is at least 0 and less than 1")
     device = devices.init_distributed_mode(given.device).device
     devices.seed_everything(0)
     precision = devices.Precision(device, given.amp)

@@ -132,7 +132,7 @@ def choose(asked, local_rank=0, local_world=1):
 
 
 def environment():
-    """What torchrun says of the processes: {RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE}, and MASTER_PORT where there are several.
+    """What torchrun says of the processes: {RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE}; of several MASTER_PORT too.
 
     Raises ValueError for what cannot be: ranks that wait for one that does not exist wait for ever.
     """
@@ -140,6 +140,8 @@ def environment():
     values = {}
     for name, default in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1, MASTER_PORT=29500).items():
         text = os.environ.get(name) or str(default)
+        if name == "MASTER_PORT" and values["WORLD_SIZE"] == 1:
+            continue  # nobody asks for it
         if not (text.isascii() and text.isdigit() and len(text) < 10):
             raise ValueError(f"{name}={text!r} is not a whole number: {how}")
         values[name] = int(text)

@@ -441,7 +441,8 @@ def test_processes_that_cannot_be_are_said_before_anybody_waits(surroundings, wo
 
 
 @pytest.mark.parametrize("words, rank, world, local", [
-    ("", 0, 1, 0), ("WORLD_SIZE=1", 0, 1, 0), ("RANK= WORLD_SIZE=", 0, 1, 0), ("MASTER_ADDR=nowhere MASTER_PORT=0", 0, 1, 0),
+    ("", 0, 1, 0), ("WORLD_SIZE=1", 0, 1, 0), ("RANK= WORLD_SIZE=", 0, 1, 0), ("MASTER_PORT=abc", 0, 1, 0),
+    ("MASTER_ADDR=nowhere MASTER_PORT=0", 0, 1, 0),
     ("RANK=3 WORLD_SIZE=8 LOCAL_RANK=3 LOCAL_WORLD_SIZE=4 MASTER_ADDR=a MASTER_PORT=29500", 3, 8, 3),
     ("RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 MASTER_ADDR=a MASTER_PORT=29500", 1, 2, 1)])
 def test_processes_that_can_be(surroundings, words, rank, world, local):

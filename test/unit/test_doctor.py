@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -342,3 +343,14 @@ def test_child_without_an_answer(package, monkeypatch, code, text):
     monkeypatch.setattr(sys, "argv", ["doctor.py", "--device", "auto"])
     [line] = doctor.child("device", limit=1 if "sleep" in code else 60)
     assert line[:2] == ("fail", "import torch") and line[2].startswith(text)
+
+
+@pytest.mark.parametrize("rest", ["", "/run/ckpt"])
+def test_an_output_folder_that_is_a_file(tmp_path, rest):
+    """Or lies below one, or has a name that no file system takes."""
+    (tmp_path / "file").touch()
+    args = SimpleNamespace(device="cpu", num_workers=1, batch_size=1, output_dir=f"{tmp_path}/file{rest}")
+    level, name, text = list(doctor.check_machine(args, 1))[-1]
+    assert (level, name) == ("fail", "disk") and f"{tmp_path}/file is no folder - choose another --output_dir" in text
+    args.output_dir = f"{tmp_path}/{'a' * 5000}"
+    assert list(doctor.check_machine(args, 1))[-1][1] == "disk"
