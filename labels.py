@@ -266,8 +266,8 @@ def by_map(data, weights, class_map, use):
 def compare(train, val, path, class_map=None, named=(True, True)):
     """ValueError where the validation images are of other classes. A class that none of them is of needs --class-map, which
     says that it is no mistake. named: whether each split's names are more than numbers."""
-    missing, unknown = ([name for name in a if normal(name) not in {normal(b) for b in others}]
-                        for a, others in ((train, val), (val, train)))
+    in_train, in_val = ({normal(name) for name in names} for names in (train, val))
+    missing, unknown = [name for name in train if normal(name) not in in_val], [name for name in val if normal(name) not in in_train]
     if unknown or (missing and class_map is None):
         a, b = some(sorted(missing), beside=unknown), some(sorted(unknown), beside=missing)
         remedy = "make the folders agree" if unknown else "make the folders agree, or list all classes in --class-map FILE"
