@@ -213,3 +213,16 @@ def test_the_last_sum_over_ranks_stays_alive():
     """torch 2.7 ends the process group with the interpreter locked, and then waits for the thread that frees this tensor."""
     before = engine.add_over_ranks([1.0, 2.0])
     assert before == [1.0, 2.0] == engine.add_over_ranks.last.tolist()
+
+
+@pytest.mark.parametrize(("words", "text"), [([], "say which torch, as 2.7.1"), (["newest"], "say which torch, as 2.7.1"),
+                                             (["2.7.1", "--unit"], "unknown option --unit")])
+def test_versions_sh_says_what_it_needs(words, text):
+    done = subprocess.run(["bash", ROOT / "test" / "versions.sh", *words], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and text in done.stderr and "installing" not in done.stdout
+
+
+def test_what_readme_says_was_tried_pairs():
+    for name in READMES:
+        rows = re.findall(r"^\| (2\.\d+\.\d+), (0\.\d+\.\d+) \|", (ROOT / name).read_text(encoding="utf-8"), re.M)
+        assert rows and all(versions.TORCHVISION[torch] == torchvision for torch, torchvision in rows)
