@@ -53,8 +53,9 @@ def events(monkeypatch):
 
 
 def test_an_npu_is_set_up_before_its_first_tensor_and_before_the_process_group(events, monkeypatch):
-    for name, value in dict(RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2).items():
+    for name, value in dict(RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=29500).items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(devices, "rendezvous", lambda *ranks: ("store of", *ranks))
     helpers.needs(2)
     try:
         ranks = devices.init_distributed_mode("npu")
@@ -66,7 +67,8 @@ def test_an_npu_is_set_up_before_its_first_tensor_and_before_the_process_group(e
     assert (first, given) == ("set_device", (torch.device("npu", 1),))
     assert [option[:2] for option in options] == [("option", ({"jitCompile": "disable"},)),
                                                   ("option", ({"ALLOW_INTERNAL_FORMAT": "disable"},))]
-    assert (last, backend, words) == ("init_process_group", ("cpu:gloo,npu:hccl",), {"device_id": torch.device("npu", 1)})
+    assert (last, backend, words) == ("init_process_group", ("cpu:gloo,npu:hccl",), {
+        "device_id": torch.device("npu", 1), "store": ("store of", 1, 2), "rank": 1, "world_size": 2})
 
 
 BEFORE_THE_FIRST_TENSOR = """
