@@ -450,7 +450,7 @@ def test_the_moving_average_of_one_update_is_the_mixture_of_two_weights(works, t
 
 def test_throughout_measures_the_forward_pass(works):
     done = works(TWINS, "--throughout", "--batch-size=2")
-    batch, rate = re.fullmatch(r"batch_size (\d+) throughput (\d+\.\d+)\n", done.out).groups()
+    batch, rate = re.search(r"^batch_size (\d+) throughput (\d+\.\d+)\n\Z", done.out, re.MULTILINE).groups()
     assert int(batch) == 2 and float(rate) > 0
 
 
