@@ -1,4 +1,6 @@
 """How do a file's bytes become an RGB image? Everything that can be wrong with them has one name here."""
+import contextlib
+import ctypes
 import logging
 import lzma
 import os
@@ -25,9 +27,24 @@ READ_ERRORS = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeE
 
 Image.init()
 FORMATS = tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF came with Pillow 11.3
-# PIL speaks of each odd EXIF block and palette, in every worker: a file that cannot be read is said by its error.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+def silence():
+    """PIL and its libtiff speak of each odd EXIF block, palette and strip, in every worker and epoch, without the file's name.
+
+    A file that cannot be read is said by its error.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    with contextlib.suppress(OSError, AttributeError, ValueError):  # where there is no /proc it goes on speaking
+        with open("/proc/self/maps") as maps:
+            libraries = {line.split(maxsplit=5)[5].strip() for line in maps if "libtiff" in line}
+        for path in libraries:
+            ctypes.CDLL(path).TIFFSetErrorHandler(None)
+            ctypes.CDLL(path).TIFFSetWarningHandler(None)
+
+
+silence()
 
 
 class DataError(ValueError):
@@ -83,12 +100,14 @@ def narrow(image):
     low, high = values.min(), values.max()
     kind = "float" if image.mode == "F" else "32-bit" if image.mode == "I" and image.format == "TIFF" else "16-bit"
     if kind == "float" and low >= 0 and high <= 1:
-        return Image.fromarray((values * 255).round().astype(np.uint8))
-    if low >= 0 and high <= 255:
-        return Image.fromarray(values.astype(np.uint8))
-    if kind == "16-bit" and low >= 0 and 4096 <= high <= 65535:
-        return Image.fromarray((values >> 8).astype(np.uint8))
-    raise ValueError(f"{kind} values from {low:g} to {high:g}, whose range cannot be told: store them with 8 bits")
+        values = (values * 255).round()
+    elif kind == "16-bit" and low >= 0 and 4096 <= high <= 65535:
+        values = values >> 8
+    elif not (low >= 0 and high <= 255):
+        raise ValueError(f"{kind} values from {low:g} to {high:g}, whose range cannot be told: store them with 8 bits")
+    narrowed = Image.fromarray(values.astype(np.uint8))
+    narrowed.info["narrowed"] = kind  # for who counts them
+    return narrowed
 
 
 def is_image(path):
