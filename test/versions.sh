@@ -70,7 +70,7 @@ try bench python bench.py --batch-size 2 --input-size 64 --steps 2
 if [[ $units ]]; then try units python -m pytest -q test/unit; fi
 
 python - "$(last train '.*\[19\/20\].*loss: [0-9.]* (\([0-9.]*\))')" "$(last evaluate '\* Acc@1 \([0-9.]*\)')" \
-    "$(((${#failed[@]})) && printf '%s ' "${failed[@]}" || echo all)" "$(last units '\([0-9]* passed.*\) in')" <<'PYTHON'
+    "$( ((${#failed[@]})) && printf '%s ' "${failed[@]}" || echo all)" "$(last units '\([0-9]* passed.*\) in')" <<'PYTHON'
 import platform
 import sys
 from importlib.metadata import version
