@@ -138,6 +138,16 @@ def test_the_last_checkpoint_serves_where_there_is_no_best(copy, shown):
     assert_is_picture(copy / "predictions.png")
 
 
+@pytest.mark.parametrize("better", [None, "model_ema", "model"])
+def test_the_weights_that_decided_are_shown(copy, shown, better):
+    content = checkpoint.read(copy / "checkpoint_best.pth")
+    name, bias = "head.fc.bias", {"model": [99.0, 0, 0], "model_ema": [0, 0, 99.0]}
+    content |= {key: content["model"] | {name: torch.tensor(value)} for key, value in bias.items()} | ({"better": better} if better else {})
+    checkpoint.save(copy / "checkpoint_best.pth", **content)
+    report.report(copy, device="cpu")
+    assert {guess for _, _, guess, _ in shown[0][0]} == {0 if better == "model" else 2}
+
+
 def test_a_run_without_evaluations_has_curves(copy):
     rows = report.read_log(copy / "log.txt")
     for row in rows:
