@@ -241,6 +241,7 @@ def check_data(args):
     import devices  # noqa: F401, I001  before torch: for --device cpu it keeps torch_npu out
     import datasets
     import shards
+    import utils
     if args.data_set == "DIGITS" and not Path(args.data_path, "train").is_dir():
         yield ok("data", f"the digits are written into {args.data_path} by the first training")
         return
@@ -248,7 +249,13 @@ def check_data(args):
     yield ok("classes", f"{len(classes)}, the same in train and val")
     failed, sharded = False, isinstance(train, shards.ShardedImages) or isinstance(val, shards.ShardedImages)
     for split, images in (("train", train), ("val", val)):
-        count, bad = look_at(images, len(classes), args)
+        for i, note in enumerate(images.notes):  # first how many images a class has, then what was left out
+            yield (warn if i else ok)(f"{split} images", note)
+        wide = []
+        count, bad = look_at(images, len(classes), args, wide)
+        if wide:
+            yield warn(f"{split} depth", f"{len(wide)} of {count} images looked at have more than 8 bits ({min(wide)}): of 16 bits the "
+                       "high byte is taken, of floats 0 to 1", "store them with 8 bits where that is too dark")
         text = f"{count - len(bad)} of {count} images looked at are readable, of {len(images)}"
         yield from (fail("image", error) for error in bad[:100])
         yield ok(f"{split} decode", text) if not bad else fail(
@@ -256,7 +263,7 @@ def check_data(args):
         failed |= bool(bad)
     if not sharded and args.data_set not in ("CIFAR", "CIFAR10"):
         count, pairs = same_files(train.names, val.names, args)
-        shown = "; ".join(f"{b} is {a}" for a, b in pairs[:5])
+        shown = "; ".join(utils.shown(f"{b} is {a}") for a, b in pairs[:5])
         yield (warn("same file twice", f"{len(pairs)} of {count} validation images looked at are training images too: {shown}",
                     "remove one of each, or Acc@1 says too much") if pairs else
                ok("same file twice", f"none of {count} validation images looked at is a training image"))
@@ -268,16 +275,19 @@ def sample(n, args):
     return range(n) if args.full or n <= args.images else sorted(random.Random(0).sample(range(n), args.images))
 
 
-def look_at(images, classes, args):
-    """Read a sample of the images, or all. -> how many, what is wrong with the bad ones"""
+def look_at(images, classes, args, wide=None):
+    """Read a sample of the images, or all. -> how many, what is wrong with the bad ones. wide: a list for those of more than 8 bits"""
     import decode
+    import utils
     chosen = sample(len(images), args)
 
     def fault(index):
         try:
-            _, label, _ = images[index]
+            image, label, _ = images[index]
         except decode.DataError as error:
             return str(error)
+        if wide is not None and "narrowed" in image.info:
+            wide.append(f"{image.info['narrowed']}: {utils.shown(images.name(index))}")
         return None if 0 <= label < classes else f"{images.name(index)} has the label {label}, of {classes} classes: write it again"
 
     with ThreadPoolExecutor(CORES) as pool:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 import datasets
 import doctor
@@ -354,3 +355,22 @@ def test_an_output_folder_that_is_a_file(tmp_path, rest):
     assert (level, name) == ("fail", "disk") and f"{tmp_path}/file is no folder - choose another --output_dir" in text
     args.output_dir = f"{tmp_path}/{'a' * 5000}"
     assert list(doctor.check_machine(args, 1))[-1][1] == "disk"
+
+
+def test_what_the_walk_left_out_and_images_of_16_bits_are_told(tiny_folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_folder, data)
+    for i in range(2):
+        Image.fromarray(np.linspace(0, 65535, 40 * 36).reshape(36, 40).astype(np.uint16)).save(data / "val" / "temple" / f"x\n{i}.png")
+    (data / "val" / "temple" / ".ipynb_checkpoints").mkdir()
+    shutil.copy(data / "val" / "temple" / "08.jpg", data / "val" / "lone.jpg")
+    args = doctor.argparse.Namespace(data_set="IMNET", data_path=str(data), images=50, full=False)
+    lines, checks = [], doctor.check_data(args)
+    while len(lines) < 7:  # the loader's speed is another's question
+        lines.append(next(checks))
+    assert ("ok", "train images", "train/: 24 images in 3 classes, from 8 (flower) to 8 (flower) a class") in lines
+    assert ("ok", "val images", "val/: 13 images in 3 classes, from 4 (flower) to 5 (temple) a class") in lines
+    left_out = "images outside the class folders: 1 (lone.jpg); hidden names: 1 (temple/.ipynb_checkpoints)"
+    assert ("warn", "val images", f"val/ left out: {left_out}") in lines
+    assert ("warn", "val depth", f"2 of 13 images looked at have more than 8 bits (16-bit: {data}/val/temple/x\\n0.png): of 16 bits the "
+            "high byte is taken, of floats 0 to 1 - store them with 8 bits where that is too dark") in lines
