@@ -190,6 +190,9 @@ def parse(argv=None):
     parser = get_args_parser(add_help=True)
     args = parser.parse_args(argv)
     try:
+        for name, value in vars(args).items():
+            if value == []:  # argparse takes the word -- out of an option's values, whatever their number
+                raise ValueError(f"--{name.replace('_', '-')} needs a value")
         check(args)
     except ValueError as error:
         parser.error(str(error))

@@ -7,7 +7,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+CPU_INDEX = "<PyTorch's CPU index>"  # its URL stands in PyTorch's own install instructions
 # torch: the torchvision that was built for it (torchvision's own requirement; from 0.29.1 on it takes later ones, too)
 TORCHVISION = {"2.7.0": "0.22.0", "2.7.1": "0.22.1", "2.8.0": "0.23.0", "2.9.0": "0.24.0", "2.9.1": "0.24.1", "2.10.0": "0.25.0",
                "2.11.0": "0.26.0", "2.12.0": "0.27.0", "2.12.1": "0.27.1", "2.13.0": "0.28.0", "2.14.0": "0.29.0", "2.14.1": "0.29.1",

@@ -19,7 +19,7 @@ import doctor
 from datasets import write_shards
 
 TORCH = importlib.metadata.version("torch").partition("+")[0]
-CPU_TORCH = "pip install torch==2.13.0 torchvision==0.28.0 --index-url https://download.pytorch.org/whl/cpu"
+CPU_TORCH = "pip install torch==2.13.0 torchvision==0.28.0 --index-url <PyTorch's CPU index>"
 AUTOLOAD = "[torch.backends]\ntorch_npu = torch_npu:_autoload\n"
 ABORTS = """
 import os

@@ -48,3 +48,12 @@ def test_limits_are_of_numbers_and_hold_their_defaults():
     kinds = {name[2:].replace("-", "_"): kind for name, kind, _ in ROWS} | {"distillation_tau": float}
     for name, (least, most) in options.LIMITS.items():
         assert kinds[name] in (int, float) and least <= options.DEFAULTS[name] <= most, name
+
+
+@pytest.mark.parametrize("words", [["--seed=--"], ["--data-path=--"], ["--mean", "--"], ["--pretrained", "--lr", "--"]])
+def test_two_hyphens_are_no_value(capsys, words):
+    """argparse takes the word -- out of the values, and leaves an empty list where a number was wanted."""
+    with pytest.raises(SystemExit) as ended:
+        options.parse(["--data-path=x", *words])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.count("\n") == 1 and words[-1 if "=" in words[-1] else -2].partition("=")[0] in told
