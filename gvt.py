@@ -230,8 +230,12 @@ class AddScaled(torch.autograd.Function):
 @traced_whole_function
 def lowered(x):
     """x in autocast's dtype: cast once, before it is copied into windows and patches and read by several layers."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x) else x
+
+
+def autocasts(x):
+    """Whether autocast is on for the device of `x`: torch does not answer for the meta device."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 class CastTogether(torch.autograd.Function):
@@ -257,8 +261,7 @@ def call(module, *inputs):
     than a training step of tensors (torch.compile's, a tracer's) is the module's own.
     """
     x = inputs[0]
-    if (not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type) or not torch.is_grad_enabled()
-            or torch.compiler.is_compiling()):
+    if not isinstance(x, torch.Tensor) or not autocasts(x) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return module(*inputs)
     weights = {f"{prefix}.{name}" if prefix else name: weight for prefix, layer in module.named_modules()
                if type(layer) in (nn.Linear, PatchConv2d, DepthwiseConv2d)

@@ -279,6 +279,14 @@ def test_dtype_and_device_are_asked_for_as_of_timms(name):
         assert (ours.head.weight.device, ours.head.weight.dtype) == (ours.norm.weight.device, ours.norm.weight.dtype)
 
 
+@pytest.mark.parametrize("name", ["alt_gvt_small", "pcpvt_small_v0"])
+@pytest.mark.parametrize("training", [False, True])
+def test_shapes_are_told_on_meta(name, training):
+    model = timm.create_model(name, drop_path_rate=0.5, device="meta", **ONE).train(training)
+    out = model(torch.empty(2, 3, 65, 97, device="meta"))
+    assert (out.shape, out.is_meta) == ((2, 10), True)
+
+
 @pytest.mark.parametrize("way", ["assign", "to_empty"])
 def test_a_model_made_on_meta_trains_as_one_made_here(way):
     here = randomise(timm.create_model("alt_gvt_small", drop_path_rate=0.5, **ONE)).train()
