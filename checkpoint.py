@@ -4,15 +4,25 @@ A checkpoint is a plain dict of CPU tensors, numbers and strings: {model, optimi
 best_accuracy, options, classes, preprocessing}. It reads with weights_only on any device, and is never half-written.
 """
 import argparse
+import codecs
+import hashlib
 import os
+import pathlib
 import pickle
+import re
 import shutil
 import tempfile
+import urllib.parse
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.hub
 from safetensors.torch import load_file
 
+# What DDP and SWA, torch.compile, Lightning and OpenMMLab put before every name
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.")
 LAST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 
 
@@ -45,46 +55,150 @@ def save(path, **content):
         made.unlink(missing_ok=True)
 
 
-def read(path):
-    """The content of a .pth or .safetensors file on the CPU. Reads official, timm's and the original's files.
+class Foreign:
+    """Stands for an object of a class that is none of ours, so that the numbers beside it can be read. It does nothing."""
 
-    Raises ValueError in one line for a file that is not there, not whole, or not plain data.
+    def __init__(self, *_, **__):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+    def __call__(self, *_, **__):
+        return self
+
+    def append(self, _):
+        pass
+
+    extend = update = add = append
+    __setitem__ = __init__
+
+
+def as_dict(*_):
+    """A defaultdict's stand-in: torch fills nothing but plain dictionaries."""
+    return {}
+
+
+# Numbers, paths and plain containers in the pickles of others, under every name that a library has given them.
+NUMBERS = [type(np.dtype(code)) for code in "?bBhHiIlLqQefd"]
+PLAIN = [argparse.Namespace, (as_dict, "collections.defaultdict"), dict, list, int, float, np.dtype, codecs.encode, *NUMBERS,
+         *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+         *((pure, f"{module}.{kind}{system}Path") for module in ("pathlib", "pathlib._local") for kind in ("", "Pure")
+           for system, pure in (("Posix", pathlib.PurePosixPath), ("Windows", pathlib.PureWindowsPath)))]
+
+
+def read(path):
+    """The content of a .pth or .safetensors file, or of an https:// address, on the CPU. Reads official, timm's and the original's.
+
+    NumPy's numbers come as Python's, paths as text; objects of other classes are left out (Foreign). Raises ValueError in one
+    line for a file that is not there, not whole, or not plain data.
     """
-    path = Path(path)
+    path = fetch(path) if str(path).startswith("https://") else Path(path)
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        raise ValueError(f"no checkpoint {path}: look at the path of --resume, --finetune or --teacher-path")
+        raise ValueError(f"no checkpoint {path}: " + (
+            "of addresses only https:// ones are fetched" if re.match(r"[a-z][a-z0-9+.-]*:/", str(path)) else
+            "look at the path of --resume, --finetune or --teacher-path"))
+    foreign = []
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the original's hold their arguments so
-            return torch.load(path, map_location="cpu", weights_only=True)
+        foreign = foreign_names(path)
+        with torch.serialization.safe_globals([*PLAIN, *((Foreign, name) for name in foreign)]):
+            content = plain(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
-        raise ValueError(f"cannot read the checkpoint {path} safely ({first_line(error)}): it holds more than weights and "
-                         "numbers; save its state dict again") from error
+        unknown = [*re.findall(r"GLOBAL ([\w.]+)", str(error)), *sorted(foreign)]
+        if not unknown:  # torch's text then is an advice to trust the file
+            raise ValueError(f"cannot read the checkpoint {path} (its pickle is not whole): it is damaged or no checkpoint") from error
+        raise ValueError(f"cannot read the checkpoint {path} safely: it holds {unknown[0]}, which is more than weights and numbers; "
+                         "save its state dict again") from error
     except Exception as error:  # damaged files fail in every way that readers of zip, pickle and tensors can
         raise ValueError(f"cannot read the checkpoint {path} ({first_line(error)}): it is damaged or no checkpoint") from error
+    if isinstance(content, Foreign):
+        raise ValueError(f"cannot read the checkpoint {path} safely: it holds a whole object, not weights: save its state_dict()")
+    return content
+
+
+def foreign_names(path):
+    """The classes in a torch.save's pickle that are neither torch's nor PLAIN: read from its bytes, nothing is imported."""
+    if not zipfile.is_zipfile(path):
+        return []
+    with torch.serialization.safe_globals(PLAIN):
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return [name for name in names if name.partition(".")[0] not in ("builtins", "__builtin__", "torch")]
+
+
+def plain(value):
+    """NumPy's numbers as Python's, paths as text, dictionaries of any kind as plain ones."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, pathlib.PurePath):
+        return str(value)
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    if isinstance(value, argparse.Namespace):
+        return argparse.Namespace(**plain(vars(value)))
+    return value
+
+
+def fetch(address):
+    """The file at an https:// address, in torch.hub's cache. -> its path
+
+    As torch.hub's, a name like NAME-0123abcd.pth has the beginning of the content's SHA-256, which is checked. Other names may
+    mean different files at different addresses: they have a folder each. Raises ValueError where it cannot be had.
+    """
+    name = Path(urllib.parse.urlsplit(address).path).name
+    if not name or name == "..":
+        raise ValueError(f"{address} names no file")
+    checksum = re.search(r"-([a-f0-9]{8,})\.", name)
+    folder = Path(torch.hub.get_dir(), "checkpoints", *([] if checksum else [hashlib.sha256(address.encode()).hexdigest()[:16]]))
+    path = folder / name
+    try:
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(address, str(path), checksum[1] if checksum else None, progress=False)
+    except Exception as error:  # of sockets, TLS, HTTP, the disk and the checksum
+        raise ValueError(f"cannot fetch {address} ({first_line(error)}): check the address and the network, or give a file") from error
+    return path
 
 
 def first_line(error):
     return (str(error).strip() or error.__class__.__name__).splitlines()[0]
 
 
-def model_state(content, path="the checkpoint", ema=False):
-    """The weights in what `read` returned, without the prefixes that DDP and torch.compile put before the names."""
-    names = ("model_ema", "state_dict_ema") if ema else ("model", "state_dict")
+def decided(content):
+    """Whose accuracy is a checkpoint's: "model", or "model_ema" where the moving average was the better.
+
+    Ours once did not say: then the average decided. Those of others say nothing of the kind.
+    """
+    if not isinstance(content, dict) or not content.get("model_ema"):
+        return "model"
+    return "model_ema" if content.get("better", "model_ema" if "options" in content else "model") == "model_ema" else "model"
+
+
+def model_state(content, path="the checkpoint", ema=None):
+    """The weights in what `read` returned, without the prefixes that DDP, torch.compile, Lightning and others put before the names.
+
+    ema: True for the moving average, False for the weights that were trained, None for those that `decided`.
+    """
+    average = decided(content) == "model_ema" if ema is None else ema
+    names = ("model_ema", "state_dict_ema") if average else ("model", "state_dict")
     state = next((content[name] for name in names if isinstance(content.get(name), dict)), None) if isinstance(content, dict) else None
-    if state is None and isinstance(content, dict) and not ema:
+    if state is None and isinstance(content, dict) and not average:
         state = content
-    if ema and not state:
+    if average and not state:
         raise ValueError(f"{path} holds no moving average: it was trained without --model-ema")
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    state = state and {name: value for name, value in state.items() if name != "n_averaged"}  # torch's AveragedModel counts there
+    if not state or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
         raise ValueError(f"{path} holds no weights: expected a state dict, or one under 'model' or 'state_dict'")
-    cleaned = {}
-    for name, value in state.items():
-        while name.startswith(("module.", "_orig_mod.")):
-            name = name.partition(".")[2]
-        cleaned[name] = value
-    return cleaned
+    if any(name.startswith("patch_embeds.0.projection.") for name in (key.removeprefix("backbone.") for key in state)):
+        raise ValueError(f"{path} is OpenMMLab's Twins (mmpretrain, mmsegmentation, mmdetection), whose layers have other names: take "
+                         "the weights that it was converted from")
+    cleaned = state
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in cleaned)), None):
+        cleaned = {name.removeprefix(prefix): value for name, value in cleaned.items()}
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in cleaned.items()}
 
 
 def load_weights(model, state, path="the checkpoint"):
@@ -100,6 +214,11 @@ def load_weights(model, state, path="the checkpoint"):
                   "it was trained on another number of classes" if all("head" in s.split(" ")[0] for s in shapes) else
                   "it was trained at another --input-size, or is of another model (--model)")
         raise ValueError(f"{path} does not fit: {remedy}; {'; '.join(parts)}")
+    bad = [k for k in own if state[k].is_floating_point() and not torch.isfinite(state[k]).all()]
+    if bad:
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        raise ValueError(f"{path} holds weights that are not finite: {', '.join(bad[:4])}{more}: its training had failed; take an "
+                         "earlier checkpoint")
     model.load_state_dict(state)
 
 
@@ -138,7 +257,8 @@ def find_newest(folder):
 
 
 def epoch_in(content):
-    return content.get("epoch", -1) if isinstance(content, dict) else -1
+    epoch = content.get("epoch", -1) if isinstance(content, dict) else -1
+    return epoch if isinstance(epoch, (int, float)) else -1
 
 
 def epoch_of(path):

@@ -482,7 +482,11 @@ class Precision:
             apex = state["loss_scaler0"]
             state = {"scale": apex["loss_scale"], "_growth_tracker": apex["unskipped"]}
         own = self.scaler.state_dict()
-        self.scaler.load_state_dict({key: state.get(key, value) for key, value in own.items()})
+        taken = {key: state.get(key, value) for key, value in own.items()}
+        if not all(isinstance(value, (int, float)) for value in taken.values()):
+            raise ValueError("the checkpoint's loss scaler is not one that torch writes: its weights alone start a new training: "
+                             "--finetune FILE")
+        self.scaler.load_state_dict(taken)
 
 
 def load_apex():

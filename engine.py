@@ -16,6 +16,10 @@ class NonFiniteLoss(ArithmeticError):
         self.step, self.names = step, names
 
 
+class NonFiniteEvaluation(ArithmeticError):
+    """The loss of an evaluation is inf or nan: its accuracy is of no order that anything has. All ranks raise it alike."""
+
+
 def add_over_ranks(values):
     """Sums of host numbers over all ranks, in double precision."""
     # it stays alive: torch 2.7 waits for gloo's thread, with the interpreter locked, while that thread frees a Python tensor
@@ -106,6 +110,9 @@ def evaluate(data_loader, model, device, autocast=contextlib.nullcontext, *, sha
     # the host waits for the device here, once an evaluation; sums in double precision, which HCCL does not take
     totals = torch.stack(sums).cpu().double().sum(0).tolist() if sums else [0.0, 0.0, 0.0]
     loss, acc1, acc5, count = add_over_ranks([*totals, images_seen])
+    if not math.isfinite(loss):
+        raise NonFiniteEvaluation(f"the loss of the evaluation is not finite ({loss}), so its accuracy means nothing: the weights have "
+                                  "diverged, or their logits overflow (--amp off evaluates in fp32)")
     copies = dist.get_world_size() if distributed and not shared else 1
     stats = {"loss": loss / max(count, 1), "acc1": 100 * acc1 / max(count, 1), "acc5": 100 * acc5 / max(count, 1),
              "images": int(count) // copies}

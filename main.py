@@ -29,7 +29,6 @@ except ImportError as import_error:
 
 import torch
 import torch.distributed as dist
-from timm.utils import ModelEmaV3
 
 import checkpoint
 import datasets
@@ -42,7 +41,7 @@ import networks
 import optim
 import transforms
 import utils
-from state import State
+from state import MovingAverage, State
 
 
 def build_model(args, num_classes, say=lambda *_: None):
@@ -137,7 +136,7 @@ def number_classes(args, dataset_list, classes, content, path):
     """Decide which output of the network each class is, and tell the data sets. -> labels.Numbering"""
     weights, config = None, networks.configuration(args.model)
     if path:
-        state = checkpoint.model_state(content, path, ema=args.eval and args.model_ema)
+        state = checkpoint.model_state(content, path, ema=wants_average(args))
         weights = labels.of_file(path, content, checkpoint.outputs(state, networks.heads(config)[0]))
     elif args.pretrained:
         weights = labels.Weights(f"--pretrained {args.model}", config.get("num_classes"), config.get("label_names"))
@@ -159,20 +158,30 @@ def load_weights(args, net, content, path, numbering, say):
         heads = networks.heads(networks.configuration(args.model))
         state, _ = checkpoint.adapt_head(net, checkpoint.model_state(content, path), heads, anew=numbering.fresh)
         checkpoint.load_weights(net, state, path)
-        say(f"Fine-tuning from {path}")
+        say(f"Fine-tuning from {path}" + (", its moving average" if checkpoint.decided(content) == "model_ema" else ""))
         return None, None
     if args.pretrained and numbering.fresh and networks.configuration(args.model).get("num_classes") == net.num_classes:
         net.reset_classifier(net.num_classes)
     if not path:
         return None, None
-    checkpoint.load_weights(net, checkpoint.model_state(content, path, ema=args.eval and args.model_ema), path)
+    checkpoint.load_weights(net, checkpoint.model_state(content, path, ema=wants_average(args)), path)
     if args.eval or args.throughout:
+        if checkpoint.decided(content) == "model_ema" and not args.model_ema:
+            say(f"{path}: its moving average is taken, whose accuracy decided")
         return None, None
     if not isinstance(content, dict) or not {"optimizer", "epoch"} <= set(content):
         say(f"{path} holds weights only: the training starts at epoch {args.start_epoch}")
         return None, None
-    say(f"Resuming from {path}, after epoch {content['epoch']}")
+    say(f"Resuming from {path}, after epoch {content['epoch']}" + (
+        f": --max_step had ended the next one after {content['steps']} iterations, so it begins again" if content.get("steps") else ""))
     return content, path
+
+
+def wants_average(args):
+    """Which weights of a file with two: the average where it is asked for, the trained ones to go on from, else None, the better."""
+    if args.eval and args.model_ema:
+        return True
+    return False if options.resume_file(args) and not (args.eval or args.throughout) else None
 
 
 def named(error, epoch, dataset, ranks):
@@ -219,8 +228,8 @@ def build_state(args, ranks, net, precision):
         decay_epochs=args.decay_epochs, decay_rate=args.decay_rate, patience_epochs=args.patience_epochs,
         lr_noise=args.lr_noise, lr_noise_pct=args.lr_noise_pct, lr_noise_std=args.lr_noise_std, seed=args.seed)
     net, optimizer = precision.initialize(net, optimizer)
-    model_ema = ModelEmaV3(net, decay=args.model_ema_decay) if args.model_ema else None
-    return State(net, optimizer, schedule, precision, model_ema, args.start_epoch - 1), peak_lr
+    average = MovingAverage(net, args.model_ema_decay) if args.model_ema else None
+    return State(net, optimizer, schedule, precision, average, args.start_epoch - 1), peak_lr
 
 
 def global_batch(args, ranks):
@@ -247,7 +256,7 @@ def build_epoch(args, ranks, run, train_loader, numbering, preprocessing, say):
         run.start_epoch(epoch)
         try:
             return engine.train_one_epoch(
-                model, criterion, train_loader, run.optimizer, ranks.device, epoch, run.precision, args.clip_grad, run.model_ema, mixup,
+                model, criterion, train_loader, run.optimizer, ranks.device, epoch, run.precision, args.clip_grad, run.average, mixup,
                 accum_steps=args.accum_steps, max_steps=max_steps, print_freq=args.print_freq, ranks=ranks.world_size,
                 quiet=not ranks.is_main, memory=partial(devices.max_memory, ranks.device))
         except engine.NonFiniteLoss as error:
@@ -258,13 +267,12 @@ def build_epoch(args, ranks, run, train_loader, numbering, preprocessing, say):
 def test_epoch(run, evaluate, val_loader, say):
     """-> log.txt's numbers of an evaluation, and whether this is the best epoch so far"""
     tests = {f"test_{key}": value for key, value in evaluate(val_loader, run.net).items() if key != "images"}
-    run.accuracy = score = tests["test_acc1"]
-    if run.model_ema is not None:  # what is kept and evaluated is what decides
-        averaged = evaluate(val_loader, run.model_ema.module, header="Test EMA:")
+    if run.average is not None:
+        averaged = evaluate(val_loader, run.average.module, header="Test EMA:")
         tests |= {f"test_ema_{key}": value for key, value in averaged.items() if key != "images"}
-        score = tests["test_ema_acc1"]
-    improved, run.best = score > run.best, max(run.best, score)
-    say(f"Max accuracy: {run.best:.2f}%")
+    improved = run.tested(tests["test_acc1"], tests.get("test_ema_acc1"))
+    whose = {"model": " (the model)", "model_ema": " (its moving average)"}[run.better] if improved and run.average is not None else ""
+    say(f"Max accuracy: {run.best:.2f}%{whose}")
     return tests, improved
 
 
@@ -347,7 +355,8 @@ def main(args):
 
     run, peak_lr = build_state(args, ranks, net, precision)
     if saved:
-        run.load_state_dict(saved, saved_path)
+        for note in run.load_state_dict(saved, saved_path):
+            say(f"note: {note}")
         if args.sched == "plateau":
             say(f"plateau goes on at {run.optimizer.param_groups[0]['lr']:g}")
     train_epoch = build_epoch(args, ranks, run, train_loader, numbering, preprocessing, say)
@@ -356,34 +365,41 @@ def main(args):
     if moved:
         say(f"An earlier run's files in {folder} are now {', '.join(moved)}")
     say(recipe(args, ranks, precision, peak_lr, run.optimizer, run.schedule, run.net, train_loader, run.epoch + 1, preprocessing))
-    if folder and saved and checkpoint.epoch_of(folder / checkpoint.LAST) < saved["epoch"]:  # its last save had failed
-        checkpoint.save(folder / checkpoint.LAST, **saved)
+    beside = dict(options=vars(args), classes=numbering.names, named=numbering.named, preprocessing=preprocessing.save())
+    if folder and saved and checkpoint.epoch_of(folder / checkpoint.LAST) < run.epoch:  # its last save had failed
+        checkpoint.save(folder / checkpoint.LAST, **run.state_dict(), **beside)
     if run.epoch + 1 >= args.epochs:
         say(f"Nothing to train: epoch {run.epoch + 1} of {args.epochs} is next (--epochs)")
     started = time.perf_counter()
-    train(args, ranks, run, train_epoch, partial(test_epoch, run, evaluate, val_loader, say), folder, numbering, preprocessing)
+    train(args, ranks, run, train_epoch, partial(test_epoch, run, evaluate, val_loader, say), folder, beside, len(train_loader), say)
     say(f"Training time {timedelta(seconds=int(time.perf_counter() - started))}")
 
 
-def train(args, ranks, run, train_epoch, test, folder, numbering, preprocessing):
-    """The epochs that are left: train, test, save. folder: of checkpoints and log.txt, or None"""
+def train(args, ranks, run, train_epoch, test, folder, beside, iterations, say):
+    """The epochs that are left: train, test, save. folder: of checkpoints, where `beside` stands too, and log.txt, or None
+
+    iterations: of a whole epoch.
+    """
     steps_left = args.max_step
     for epoch in range(run.epoch + 1, args.epochs):
         started = time.perf_counter()
         stats = train_epoch(epoch, steps_left)
-        run.epoch = epoch
         steps_left -= stats["steps"] if args.max_step else 0
         last = epoch + 1 == args.epochs or (args.max_step and steps_left <= 0)
+        cut = bool(args.max_step) and steps_left <= 0 and stats["steps"] < iterations
+        run.epoch, run.steps = (epoch - 1, stats["steps"]) if cut else (epoch, 0)
+        if cut:
+            say(f"--max_step ended epoch {epoch} after {stats['steps']} of {iterations} iterations: it is not done, and a --resume "
+                "begins it again")
         tested = not args.no_eval and ((epoch + 1) % args.val_interval == 0 or last)
         tests, improved = test() if tested else ({}, False)
         if folder:
             row = {
                 "train_lr": stats["lr"], "train_loss": stats["loss"], "test_loss": None, "test_acc1": None, "test_acc5": None,
                 "epoch": epoch, "n_parameters": sum(p.numel() for p in run.net.parameters() if p.requires_grad), **tests,
-                "max_acc1": max(run.best, 0.0), "fps": stats["fps"], "steps": stats["steps"], "world_size": ranks.world_size,
-                "global_batch": global_batch(args, ranks), "epoch_seconds": time.perf_counter() - started}
-            save_epoch(folder, row, dict(run.state_dict(), options=vars(args), classes=numbering.names, named=numbering.named,
-                                         preprocessing=preprocessing.save()), improved)
+                "max_acc1": max(run.best, 0.0), "fps": stats["fps"], "steps": stats["steps"], "complete": not cut,
+                "world_size": ranks.world_size, "global_batch": global_batch(args, ranks), "epoch_seconds": time.perf_counter() - started}
+            save_epoch(folder, row, run.state_dict() | beside, improved)
         if last:
             break
 
@@ -398,6 +414,8 @@ def complain(error, training):
     if isinstance(error, engine.NonFiniteLoss):
         names = ", ".join(map(utils.shown, error.names))
         status, text, training = 3, f"{text}: lower --lr, or look at the images of that batch: {names}", False
+    elif isinstance(error, engine.NonFiniteEvaluation):
+        status, training = 3, False
     elif isinstance(error, decode.DataError):  # from a loader's worker it comes with that worker's traceback
         status, text = 2, re.sub(r"^decode\.\w+: ", "", text.splitlines()[-1])
     elif isinstance(error, devices.DeviceError):

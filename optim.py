@@ -55,9 +55,12 @@ class Schedule:
     def load_state_dict(self, state):
         plateau = getattr(self.scheduler, "lr_scheduler", None)
         if plateau is not None:
-            for group, rate in zip(plateau.optimizer.param_groups, state.get("rates", ())):
+            rates = state.get("rates", ())
+            if not isinstance(rates, (list, tuple)) or not all(isinstance(rate, (int, float)) for rate in rates):
+                raise ValueError("the checkpoint's schedule is not one of plateau's: its weights start a new training: --finetune FILE")
+            for group, rate in zip(plateau.optimizer.param_groups, rates):
                 group["lr"] = rate
-            plateau.__dict__.update({k: v for k, v in state.items() if k in plateau.state_dict()})
+            plateau.__dict__.update({k: v for k, v in state.items() if k in plateau.state_dict() and isinstance(v, (int, float))})
 
 
 def decay_groups(model, weight_decay):

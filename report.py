@@ -179,8 +179,7 @@ def report(folder, data_path=None, device="auto", count=40, say=print):
     for note in numbering.notes:
         say(f"note: {note}")
     net = main.build_model(args, len(numbering.names))
-    average = bool(content.get("model_ema")) and content.get("better", "model_ema") == "model_ema"  # whose accuracy decided
-    checkpoint.load_weights(net, checkpoint.model_state(content, best, ema=average), best)
+    checkpoint.load_weights(net, checkpoint.model_state(content, best), best)
     shown = predict(net.to(ranks.device).eval(), loader.dataset, ranks.device, count)
     draw_predictions(shown, numbering.names, folder / "predictions.png", *normalisation(loader.dataset.transform), say=say)
     return [folder / "curves.png", folder / "predictions.png"]

@@ -1,38 +1,105 @@
 """What of a run must survive? Model, optimizer, schedule, precision, moving average and progress: one state_dict, one load_state_dict."""
 import argparse
+import math
+
+from timm.utils import ModelEmaV3
 
 import checkpoint
 import optim
 
 
+class MovingAverage(ModelEmaV3):
+    """The average of a net's weights. The decay grows to `decay` with the updates, as 1 - updates ** -3/4: what a net began with
+    is soon forgotten, and 0.9999 is reached after 215,000. timm's warm-up. updates: None for one that began without it."""
+
+    def __init__(self, net, decay):
+        super().__init__(net, decay=decay, use_warmup=True, warmup_power=3 / 4)
+        self.updates = 0
+
+    def update(self, model):
+        self.updates = None if self.updates is None else self.updates + 1
+        super().update(model, self.updates)
+
+
+def number(value, what, least=-math.inf):
+    """`value`, if it is one. ValueError with what it should be."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
+        raise ValueError(f"the checkpoint's {what} is {str(value)[:40]!r}: no number that a run writes; its weights alone start a new "
+                         "training: --finetune FILE")
+    return value
+
+
 class State:
     """A training between two epochs. What is added to a run is saved and restored here, side by side.
 
-    net, optimizer, schedule, precision: of the training. model_ema: its moving average, or None. epoch: the last one that is
-    done. best: the best accuracy so far, -1 before there is one. accuracy: the last one, None once the schedule was told it.
+    net, optimizer, schedule, precision: of the training. average: its MovingAverage, or None. epoch: the last one that is done.
+    steps: iterations of the next one that --max_step left undone. best: the best accuracy so far, -1 before there is one.
+    better: whose accuracy was the higher at the last evaluation, "model" or "model_ema". accuracy: the net's last one, None
+    once the schedule was told it. kept: what a checkpoint had and this run has no use for; it is saved again.
     """
 
-    def __init__(self, net, optimizer, schedule, precision, model_ema=None, epoch=-1):
-        self.net, self.optimizer, self.schedule, self.precision, self.model_ema = net, optimizer, schedule, precision, model_ema
-        self.epoch, self.best, self.accuracy = epoch, -1.0, None
+    def __init__(self, net, optimizer, schedule, precision, average=None, epoch=-1):
+        self.net, self.optimizer, self.schedule, self.precision, self.average = net, optimizer, schedule, precision, average
+        self.epoch, self.steps, self.best, self.better, self.accuracy, self.kept = epoch, 0, -1.0, "model", None, {}
 
     def start_epoch(self, epoch):
         """Set the rates of `epoch`."""
         self.schedule.start_epoch(epoch, self.accuracy)
         self.accuracy = None  # told once: plateau counts
 
+    def tested(self, accuracy, averages=None):
+        """Note the accuracies of the net and of its average; the better one decides. -> whether they are the best so far"""
+        self.accuracy = accuracy
+        self.better, score = ("model_ema", averages) if averages is not None and averages > accuracy else ("model", accuracy)
+        improved, self.best = score > self.best, max(self.best, score)
+        return improved
+
     def state_dict(self):
-        average = {} if self.model_ema is None else {"model_ema": self.model_ema.module.state_dict()}
+        own = {} if self.average is None else {"model_ema": self.average.module.state_dict(), "model_ema_updates": self.average.updates}
+        scaler = self.precision.state_dict()
         return dict(model=self.net.state_dict(), optimizer=optim.portable_state(self.optimizer, self.net),
-                    schedule=self.schedule.state_dict(), scaler=self.precision.state_dict(), epoch=self.epoch,
-                    best_accuracy=self.best, last_accuracy=self.accuracy, **average)
+                    schedule=self.schedule.state_dict(), scaler=scaler or self.kept.get("scaler", {}), epoch=self.epoch,
+                    steps=self.steps, best_accuracy=self.best, better=self.better, last_accuracy=self.accuracy,
+                    **{**{key: value for key, value in self.kept.items() if key != "scaler"}, **own})
 
     def load_state_dict(self, saved, path="the checkpoint"):
-        """Take all of a checkpoint but the model's weights, which are in `net` already: it may have been wrapped since."""
-        settings = saved.get("options") or vars(saved.get("args") or argparse.Namespace())
-        optim.load_state(self.optimizer, saved["optimizer"], self.net, list(checkpoint.model_state(saved, path)), settings.get("opt"))
-        self.schedule.load_state_dict(saved.get("schedule", {}))
-        self.precision.load_state_dict(saved.get("scaler") or saved.get("amp") or {})
-        if self.model_ema is not None and saved.get("model_ema"):
-            checkpoint.load_weights(self.model_ema.module, checkpoint.model_state(saved, path, ema=True), path)
-        self.epoch, self.best, self.accuracy = saved["epoch"], saved.get("best_accuracy", -1.0), saved.get("last_accuracy")
+        """Take all of a checkpoint but the model's weights, which are in `net` already: it may have been wrapped since.
+
+        -> notes, one line each, of what this run leaves as it is. Raises ValueError where a part does not fit.
+        """
+        notes = []
+        settings = saved.get("options") or saved.get("args") or {}
+        settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
+        opt = settings.get("opt") if isinstance(settings, dict) else None
+        optim.load_state(self.optimizer, saved["optimizer"], self.net, list(checkpoint.model_state(saved, path, ema=False)),
+                         opt if isinstance(opt, str) else None)
+        schedule, scaler = saved.get("schedule") or {}, saved.get("scaler") or saved.get("amp") or {}
+        if not isinstance(schedule, dict) or not isinstance(scaler, dict):
+            raise ValueError(f"{path}: its {'loss scaler' if isinstance(schedule, dict) else 'schedule'} is no state_dict: its weights "
+                             "alone start a new training: --finetune FILE")
+        self.schedule.load_state_dict(schedule)
+        self.precision.load_state_dict(scaler)
+        if scaler and not self.precision.state_dict():
+            self.kept["scaler"] = scaler
+        if self.average is not None:
+            notes += self.load_average(saved, path)
+        elif saved.get("model_ema"):
+            self.kept |= {"model_ema": checkpoint.model_state(saved, path, ema=True), "model_ema_updates": saved.get("model_ema_updates")}
+            notes.append(f"{path} has a moving average: without --model-ema it is kept as it is, and not moved")
+        epoch = number(saved["epoch"], "epoch", -1)
+        if epoch != int(epoch):
+            number("", "epoch")
+        self.epoch = int(epoch)
+        self.best = number(saved.get("best_accuracy", -1.0), "best accuracy")
+        if (accuracy := saved.get("last_accuracy")) is not None:
+            self.accuracy = number(accuracy, "last accuracy")
+        self.better = saved.get("better", "model") if self.average is not None else "model"
+        return notes
+
+    def load_average(self, saved, path):
+        if not saved.get("model_ema"):
+            return [f"{path} has no moving average: it starts here, from the model's weights"]
+        checkpoint.load_weights(self.average.module, checkpoint.model_state(saved, path, ema=True), path)
+        updates = saved.get("model_ema_updates")
+        self.average.updates = None if updates is None else int(number(updates, "number of the average's updates", 0))
+        return []

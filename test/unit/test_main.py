@@ -394,8 +394,19 @@ def test_max_step_ends_a_run_normally_in_the_middle_of_an_epoch(works, tmp_path)
     assert [(row["epoch"], row["steps"]) for row in rows(tmp_path)] == [(0, 3), (1, 1)]
     assert len(evaluations(done.out)) == 2 and done.out.count("Max accuracy:") == 2
     assert all(row["fps"] > 0 and row["test_acc1"] is not None for row in rows(tmp_path))
-    assert load(tmp_path / "checkpoint.pth")["epoch"] == 1
     assert "Training time" in done.out
+    saved = load(tmp_path / "checkpoint.pth")
+    assert (saved["epoch"], saved["steps"]) == (0, 1) and [row["complete"] for row in rows(tmp_path)] == [True, False]
+    assert "--max_step ended epoch 1 after 1 of 3 iterations: it is not done, and a --resume begins it again" in done.out
+    again = works(SMALL, "--epochs=2", "--resume=auto", "--output_dir", tmp_path)
+    assert "after epoch 0: --max_step had ended the next one after 1 iterations, so it begins again" in again.out
+    assert [(row["epoch"], row["steps"], row["complete"]) for row in rows(tmp_path)] == [(0, 3, True), (1, 3, True)]
+    assert (load(tmp_path / "checkpoint.pth")["epoch"], load(tmp_path / "checkpoint.pth")["steps"]) == (1, 0)
+
+
+def test_max_step_at_the_end_of_an_epoch_leaves_it_done(works, tmp_path):
+    done = works(SMALL, "--epochs=5", "--max_step=3", "--no-eval", "--output_dir", tmp_path)
+    assert load(tmp_path / "checkpoint.pth")["epoch"] == 0 and rows(tmp_path)[0]["complete"] and "--max_step ended" not in done.out
 
 
 def test_without_evaluation_a_run_still_leaves_statistics_and_a_checkpoint(works, tmp_path):
@@ -403,7 +414,7 @@ def test_without_evaluation_a_run_still_leaves_statistics_and_a_checkpoint(works
     row, = rows(tmp_path)
     assert not evaluations(done.out) and "Max accuracy" not in done.out
     assert (row["test_acc1"], row["steps"]) == (None, 2) and row["train_loss"] > 0
-    assert load(tmp_path / "checkpoint.pth")["epoch"] == 0
+    assert load(tmp_path / "checkpoint.pth")["epoch"] == -1
 
 
 def test_val_interval_evaluates_every_so_many_epochs_and_after_the_last(works, tmp_path):
@@ -423,29 +434,121 @@ def test_the_moving_average_is_evaluated_saved_and_can_be_evaluated_again(works,
     expected = oracle("test_convnext", saved["model_ema"], data)
     assert (row["test_ema_acc1"], row["test_ema_acc5"], row["test_ema_loss"]) == pytest.approx(expected, rel=1e-4)
     assert row["test_ema_loss"] != row["test_loss"]
-    assert row["max_acc1"] == max(r["test_ema_acc1"] for r in rows(tmp_path)) == saved["best_accuracy"]
+    assert row["max_acc1"] == max(max(r["test_acc1"], r["test_ema_acc1"]) for r in rows(tmp_path)) == saved["best_accuracy"]
+    assert saved["model_ema_updates"] == 2 * row["steps"]
     assert saved["last_accuracy"] == row["test_acc1"]
     again = works(SMALL, "--eval", "--model-ema", "--resume", tmp_path / "checkpoint.pth")
     assert evaluations(again.out)[0] == pytest.approx(expected, abs=6e-4)
 
 
-def test_the_moving_averages_accuracy_decides_which_is_the_best(works, monkeypatch, tmp_path):
-    averaged, raw = iter([10.0, 30.0, 20.0]), iter([90.0, 40.0, 95.0])
-    monkeypatch.setattr(engine, "evaluate", lambda *_, header="Test:", **__: {
-        "loss": 1.0, "acc1": next(averaged if "EMA" in header else raw), "acc5": 100.0, "images": VAL_IMAGES})
-    done = works(SMALL, "--epochs=3", "--model-ema", "--output_dir", tmp_path)
-    assert re.findall(r"Max accuracy: (\S+)%", done.out) == ["10.00", "30.00", "30.00"]
-    assert [row["max_acc1"] for row in rows(tmp_path)] == [10, 30, 30] and [row["test_acc1"] for row in rows(tmp_path)] == [90, 40, 95]
-    best, last = load(tmp_path / "checkpoint_best.pth"), load(tmp_path / "checkpoint.pth")
-    assert (best["epoch"], best["best_accuracy"], last["best_accuracy"], last["last_accuracy"]) == (1, 30, 30, 95)
+@pytest.mark.parametrize("raw, averaged, best", [([9.0, 40.0, 20.0], [10.0, 30.0, 35.0], [10, 40, 40]),
+                                                 ([9.0, 20.0, 30.0], [10.0, 30.0, 35.0], [10, 30, 35])], ids=["model", "average"])
+def test_the_better_of_the_model_and_its_average_decides_and_is_what_is_taken(works, monkeypatch, tmp_path, raw, averaged, best):
+    """For an evaluation, and for fine-tuning; the training itself goes on from the trained weights."""
+    scores = {"Test:": iter(raw), "Test EMA:": iter(averaged)}
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "evaluate", lambda *_, header="Test:", **__: {
+            "loss": 1.0, "acc1": next(scores[header]), "acc5": 100.0, "images": VAL_IMAGES})
+        done = works(SMALL, *PLAIN, "--lr=0.1", "--epochs=3", "--model-ema", "--output_dir", tmp_path)
+    owner = ["its moving average" if a > r else "the model" for r, a in zip(raw, averaged)]
+    improved = [new > old for old, new in zip([0, *best], best)]
+    assert re.findall(r"Max accuracy: (\S+)%(.*)", done.out) == [
+        (f"{score:.2f}", f" ({whose})" if better else "") for score, whose, better in zip(best, owner, improved)]
+    assert [row["max_acc1"] for row in rows(tmp_path)] == best
+    saved = load(tmp_path / "checkpoint_best.pth")
+    key = "model" if owner[saved["epoch"]] == "the model" else "model_ema"
+    assert saved["better"] == key and saved["best_accuracy"] == max(best)
+    net = timm.create_model("test_convnext", num_classes=3)
+    tested = {}
+    monkeypatch.setattr(engine, "evaluate", lambda loader, net, **_: tested.update(net.state_dict()) or {
+        "loss": 1.0, "acc1": 1.0, "acc5": 1.0, "images": VAL_IMAGES})
+    done = works(SMALL, "--eval", "--resume", tmp_path / "checkpoint_best.pth")
+    assert_close(tested, saved[key], rtol=0, atol=0)
+    assert ("its moving average is taken" in done.out) == (key == "model_ema")
+    tested.clear()
+    works(SMALL, "--epochs=1", "--lr=0", "--warmup-lr=0", "--min-lr=0", "--weight-decay=0", "--finetune", tmp_path / "checkpoint_best.pth")
+    assert_close({k: tested[k] for k, _ in net.named_parameters()}, {k: saved[key][k] for k, _ in net.named_parameters()}, rtol=0, atol=0)
 
 
-def test_the_moving_average_of_one_update_is_the_mixture_of_two_weights(works, tmp_path):
-    words = [SMALL, *PLAIN, "--lr=0.1", "--no-eval", "--model-ema", "--model-ema-decay=0.75", "--output_dir"]
-    works(*words, tmp_path / "one", "--max_step=1")
-    works(*words, tmp_path / "two", "--max_step=2")
-    one, two = load(tmp_path / "one" / "checkpoint.pth"), load(tmp_path / "two" / "checkpoint.pth")
-    assert_close(two["model_ema"], {key: 0.75 * one["model_ema"][key] + 0.25 * two["model"][key] for key in two["model"]})
+def test_a_short_run_moves_its_average(works, tmp_path):
+    """The decay of update n is timm's warm-up, 1 - n ** -3/4, until it is what was asked for; and it goes on after a resume."""
+    words = [SMALL, *PLAIN, "--lr=0.1", "--no-eval", "--model-ema", "--output_dir"]
+    for steps in (1, 2, 3):
+        works(*words, tmp_path / str(steps), f"--max_step={steps}")
+    one, two, three = (load(tmp_path / str(steps) / "checkpoint.pth") for steps in (1, 2, 3))
+    assert_close(one["model_ema"], one["model"], rtol=0, atol=0)
+    for before, after in ((one, two), (two, three)):
+        decay = 1 - after["model_ema_updates"] ** -0.75
+        mixed = {key: decay * before["model_ema"][key] + (1 - decay) * after["model"][key] for key in after["model"]}
+        assert_close(after["model_ema"], mixed)
+    assert [saved["model_ema_updates"] for saved in (one, two, three)] == [1, 2, 3]
+    works(*words, tmp_path / "3", "--resume=auto", "--max_step=1", "--epochs=9")
+    assert load(tmp_path / "3" / "checkpoint.pth")["model_ema_updates"] == 4
+
+
+def test_a_resume_without_the_average_or_the_scaler_keeps_them_and_says_so(works, tmp_path):
+    words = [SMALL, *PLAIN, "--no-eval", "--output_dir", tmp_path, "--resume=auto"]
+    works(*words[:-1], "--epochs=1", "--model-ema", "--amp=fp16")
+    before = load(tmp_path / "checkpoint.pth")
+    assert before["scaler"]["_growth_tracker"] == 3
+    done = works(*words, "--epochs=2", "--amp=off")
+    assert "note: " in done.out and "has a moving average: without --model-ema it is kept as it is, and not moved" in done.out
+    between = load(tmp_path / "checkpoint.pth")
+    assert_close(between["model_ema"], before["model_ema"], rtol=0, atol=0)
+    assert between["scaler"] == before["scaler"] and between["better"] == "model"
+    works(*words, "--epochs=3", "--model-ema", "--amp=fp16")
+    after = load(tmp_path / "checkpoint.pth")
+    assert after["scaler"]["_growth_tracker"] == 6 and after["model_ema_updates"] == 6
+
+
+def test_an_average_that_starts_at_a_resume_says_so(works, small, tmp_path):
+    done = works(SMALL, "--epochs=3", "--no-eval", "--model-ema", "--resume", small / "checkpoint.pth", "--output_dir", tmp_path)
+    assert "has no moving average: it starts here, from the model's weights" in done.out
+
+
+@pytest.mark.parametrize("how", ["--eval --resume", "--resume", "--finetune"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused_with_their_names(start, small, tmp_path, how, value):
+    saved = load(small / "checkpoint.pth")
+    saved["model"]["head.fc.weight"][1, 2] = value
+    torch.save(saved, tmp_path / "bad.pth")
+    done = start(SMALL, *how.split(), tmp_path / "bad.pth")
+    assert (done.status, done.err) == (2, f"error: {tmp_path}/bad.pth holds weights that are not finite: head.fc.weight: its training "
+                                          "had failed; take an earlier checkpoint\n")
+
+
+@pytest.mark.parametrize("words", ["--eval", "--epochs=3 --lr=0 --warmup-lr=0 --min-lr=0"])
+def test_an_evaluation_whose_loss_is_not_finite_ends_with_status_3(start, small, tmp_path, words, monkeypatch):
+    """Weights whose logits overflow: no accuracy, and nothing is saved."""
+    saved = load(small / "checkpoint.pth")
+    saved["model"]["head.fc.weight"].fill_(3e38)
+    saved["model"]["head.fc.bias"].fill_(3e38)
+    torch.save(saved, tmp_path / "huge.pth")
+    monkeypatch.setattr(engine, "train_one_epoch", lambda *_, **__: {"lr": 0.0, "loss": 0.0, "fps": 1.0, "steps": 3})
+    done = start(SMALL, *words.split(), "--resume", tmp_path / "huge.pth", "--output_dir", tmp_path / "out")
+    assert done.status == 3 and re.fullmatch(r"error: the loss of the evaluation is not finite \((nan|inf)\), so .*\n", done.err), done.err
+    assert "Accuracy" not in done.out and not (tmp_path / "out" / "log.txt").exists()
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(epoch="three"), "the checkpoint's epoch is 'three': no number that a run writes"), (dict(epoch=None), "epoch is 'None'"),
+    (dict(epoch=1.5), "the checkpoint's epoch is"), (dict(epoch=math.nan), "epoch is 'nan'"),
+    (dict(best_accuracy="high"), "best accuracy is 'high'"), (dict(last_accuracy=[1]), r"last accuracy is '\[1\]'"),
+    (dict(optimizer={}), "is not one that torch writes"), (dict(optimizer=[1]), "is not one that torch writes"),
+    (dict(scaler={"scale": "large"}), "loss scaler"), (dict(schedule=[1]), "schedule")], ids=str)
+def test_a_checkpoint_with_a_part_of_another_kind_is_one_line(start, small, tmp_path, change, said):
+    torch.save({**load(small / "checkpoint.pth"), **change}, tmp_path / "odd.pth")
+    words = ["--amp=fp16"] if "scaler" in change else ["--sched=plateau"] if "schedule" in change else []
+    done = start(SMALL, "--epochs=3", *words, "--resume", tmp_path / "odd.pth", "--output_dir", tmp_path / "out")
+    assert done.status == 2 and re.fullmatch(rf"error: [^\n]*{said}[^\n]*\n", done.err), done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("opt", ["nadam", "lion", "lamb", "radam", "adamp"])
+def test_a_resume_under_another_optimizer_is_one_line(start, small, opt):
+    done = start(SMALL, "--epochs=3", f"--opt={opt}", "--resume", small / "checkpoint.pth")
+    line = r"error: the checkpoint's optimizer is of another kind, AdamW, not \w+ \(--opt\).*\n"
+    assert done.status == 2 and re.fullmatch(line, done.err), done.err
 
 
 def test_throughout_measures_the_forward_pass(works):

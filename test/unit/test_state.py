@@ -1,13 +1,28 @@
 """What of a run survives: the optimizer's state by name and shape, the moving average, the scaler, progress; others' checkpoints."""
+import argparse
+import contextlib
 import copy
+import hashlib
+import http.server
 import io
+import os
+import random
+import re
+import shutil
+import subprocess
+import threading
+from collections import OrderedDict, defaultdict
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
+import numpy as np
 import pytest
 import timm
 import timm.optim
 import torch
+import torch.hub
 from torch import nn
 
+import checkpoint
 import devices
 import engine
 import gvt
@@ -243,3 +258,214 @@ def test_a_state_that_does_not_fit_is_one_line_and_changes_nothing(what, said):
         optim.load_state(fresh, state, model, list(model.state_dict()))
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert not fresh.state
+
+
+# ---- others' files ----
+
+def net(classes=3):
+    torch.manual_seed(0)
+    return nn.Sequential(OrderedDict(body=nn.Linear(4, 5), head=nn.Linear(5, classes)))
+
+
+STATE = net().state_dict()
+NUMPY = {"epoch": np.int64(3), "best": np.float32(81.5), "other": np.float64(0.25), "flag": np.bool_(True)}
+OTHERS = {  # how others keep the same weights
+    "numpy": {"model": STATE, **NUMPY},
+    "paths": {"model": STATE, "args": argparse.Namespace(resume=Path("/a/b"), out=PurePosixPath("c"), lr=0.1),
+              "windows": PureWindowsPath("C:/x")},
+    "defaultdict": {"model": STATE, "meters": defaultdict(list, {"loss": [1.0]}), "nested": defaultdict(dict)},
+    "ordered": OrderedDict(model=OrderedDict(STATE), epoch=1),
+    "lightning": {"state_dict": {f"model.{k}": v for k, v in STATE.items()}, "pytorch-lightning_version": "2.1", "epoch": 3},
+    "lightning net": {"state_dict": {f"net.{k}": v for k, v in STATE.items()}},
+    "backbone": {"state_dict": {f"backbone.{k}": v for k, v in STATE.items()}, "meta": {"mmengine_version": "0.10"}},
+    "swa": {"n_averaged": torch.tensor(5), **{f"module.{k}": v for k, v in STATE.items()}},
+    "swa of ddp in lightning": {"state_dict": {f"model.module.{k}": v for k, v in STATE.items()}},
+    "timm": {"epoch": 3, "arch": "x", "state_dict": STATE, "optimizer": {}, "version": 2, "args": argparse.Namespace(lr=1), "metric": 77.1},
+}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_checkpoints_of_others_are_read(tmp_path, name, old):
+    torch.save(OTHERS[name], tmp_path / "theirs.pth", _use_new_zipfile_serialization=not old)
+    content = checkpoint.read(tmp_path / "theirs.pth")
+    model = net()
+    model.body.weight.data.zero_()
+    checkpoint.load_weights(model, checkpoint.model_state(content), "theirs.pth")
+    nearly_equal(model, net(), rtol=0, atol=0)
+    if name == "numpy":
+        assert {key: content[key] for key in NUMPY} == NUMPY and {type(content[key]) for key in NUMPY} == {int, float, bool}
+    if name == "paths":
+        assert (content["args"].resume, content["args"].out, content["windows"]) == ("/a/b", "c", "C:\\x")
+    if name == "defaultdict":
+        assert type(content["meters"]) is dict and content["meters"] == {"loss": [1.0]}
+
+
+def test_numpys_numbers_have_had_two_names(tmp_path):
+    """NumPy 1 called it numpy.core, NumPy 2 numpy._core."""
+    for new in ("_core", "core"):
+        torch.save({"model": STATE, "best": np.float64(2.5)}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+        whole = (tmp_path / "a.pth").read_bytes()
+        assert b"numpy._core.multiarray" in whole or b"numpy.core.multiarray" in whole
+        (tmp_path / "a.pth").write_bytes(re.sub(rb"numpy\._?core\.multiarray", f"numpy.{new}.multiarray".encode(), whole))
+        assert checkpoint.read(tmp_path / "a.pth")["best"] == 2.5
+
+
+class History:
+    """As mmengine's: of a class that this project has not."""
+
+    def __init__(self, values):
+        self.values = values
+
+
+def test_objects_of_unknown_classes_are_left_out_and_never_made(tmp_path):
+    torch.save({"model": STATE, "hyper_parameters": History([1, 2]), "epoch": 3}, tmp_path / "a.pth")
+    content = checkpoint.read(tmp_path / "a.pth")
+    assert content["epoch"] == 3 and type(content["hyper_parameters"]) is checkpoint.Foreign
+    assert checkpoint.model_state(content).keys() == STATE.keys()
+
+
+class Config(dict):
+    """As Lightning's hyper-parameters."""
+
+
+def test_what_cannot_be_left_out_is_named(tmp_path):
+    torch.save({"model": STATE, "hyper_parameters": Config(lr=0.1)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"^cannot read the checkpoint .*a\.pth safely: it holds test_state\.Config, which [^\n]*$"):
+        checkpoint.read(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("what", [History([1]), net()], ids=["an object", "a module"])
+def test_a_whole_object_is_one_line(tmp_path, what):
+    torch.save(what, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"^cannot read the checkpoint .*a\.pth safely: it holds [^\n]*$"):
+        checkpoint.read(tmp_path / "a.pth")
+
+
+class Program:
+    def __init__(self, call, *words):
+        self.call, self.words = call, words
+
+    def __reduce__(self):
+        return self.call, self.words
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("call, words", [(os.system, ("touch sprung",)), (eval, ("open('sprung', 'w')",)), (exec, ("open('sprung', 'w')",)),
+                                         (subprocess.call, (["touch", "sprung"],)), (shutil.copy, (__file__, "sprung")),
+                                         (getattr, ("", "upper"))])
+def test_no_checkpoint_runs_anything(tmp_path, monkeypatch, call, words, old):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": STATE, "x": Program(call, *words)}, "a.pth", _use_new_zipfile_serialization=not old)
+    with contextlib.suppress(ValueError):
+        checkpoint.read("a.pth")
+    assert not os.path.exists("sprung")
+
+
+def test_an_average_of_nothing_holds_no_weights():
+    with pytest.raises(ValueError, match="holds no weights"):
+        checkpoint.model_state({"n_averaged": torch.tensor(5)})
+
+
+def test_openmmlabs_twins_is_named(tmp_path):
+    state = {"backbone.patch_embeds.0.projection.weight": torch.ones(1), "backbone.stages.0.0.attn.qkv.weight": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"^x\.pth is OpenMMLab's Twins \(mmpretrain, mmsegmentation, mmdetection\)"):
+        checkpoint.model_state({"state_dict": state, "meta": {}}, "x.pth")
+
+
+@pytest.mark.parametrize("content", [random.Random(n).randbytes(5000) for n in range(20)] + [b"PK\x03\x04", b"hello", b"\x80\x02}q\x00."],
+                         ids=range(23))
+def test_torchs_advice_to_trust_a_file_is_never_quoted(tmp_path, content):
+    (tmp_path / "a.pth").write_bytes(content)
+    try:
+        checkpoint.read(tmp_path / "a.pth")
+    except ValueError as error:
+        assert "weights_only" not in str(error) and "\n" not in str(error) and "a.pth" in str(error)
+
+
+@pytest.mark.parametrize("content, taken", [
+    ({"better": "model_ema"}, "average"), ({"better": "model"}, "weights"), ({"options": {}}, "average"), ({}, "weights"),
+    ({"better": "model_ema", "model_ema": {}}, "weights"), ({"better": 3}, "weights")], ids=str)
+def test_what_decided_is_taken(content, taken):
+    """An older one of ours does not say: the average decided then. Others' say nothing: their weights are the trained ones."""
+    both = {"model": {"weights": torch.ones(1)}, "model_ema": {"average": torch.ones(1)}, **content}
+    assert [*checkpoint.model_state(both)] == [taken] and [*checkpoint.model_state(both, ema=False)] == ["weights"]
+
+
+# ---- addresses ----
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """https://host/ is a folder: a local HTTP server answers in its place. -> the folder, the requests"""
+    folder, asked = tmp_path / "served", []
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *_):
+            asked.append(self.path)
+
+    serving = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    opened = torch.hub.urlopen
+    monkeypatch.setattr(torch.hub, "urlopen", lambda request, *args, **kwargs: opened(
+        request.full_url.replace("https://host", f"http://127.0.0.1:{serving.server_port}"), *args, **kwargs))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    yield folder, asked
+    serving.shutdown()
+    serving.server_close()
+
+
+def test_an_https_address_is_fetched_once_into_the_hubs_cache(server, tmp_path):
+    folder, asked = server
+    torch.save({"model": STATE}, folder / "twins.pth")
+    for _ in range(2):
+        assert checkpoint.model_state(checkpoint.read("https://host/twins.pth?download=1")).keys() == STATE.keys()
+    assert asked == ["/twins.pth?download=1"]
+    assert len(list((tmp_path / "home" / "hub" / "checkpoints").rglob("twins.pth"))) == 1
+
+
+def test_a_checksum_in_the_name_is_checked(server, tmp_path):
+    folder, _ = server
+    torch.save({"model": STATE}, folder / "x.pth")
+    digest = hashlib.sha256((folder / "x.pth").read_bytes()).hexdigest()
+    good, bad = f"twins-{digest[:8]}.pth", "twins-0123abcd.pth"
+    for name in (good, bad):
+        shutil.copy(folder / "x.pth", folder / name)
+    assert checkpoint.model_state(checkpoint.read(f"https://host/{good}")).keys() == STATE.keys()
+    assert (tmp_path / "home" / "hub" / "checkpoints" / good).is_file()  # where torch.hub looks for it
+    with pytest.raises(ValueError, match=r"^cannot fetch https://host/twins-0123abcd\.pth \(invalid hash value[^\n]*$"):
+        checkpoint.read(f"https://host/{bad}")
+    assert not list((tmp_path / "home").rglob(bad))
+
+
+def test_files_of_one_name_at_two_addresses_are_two_files(server):
+    folder, _ = server
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        (folder / name).mkdir()
+        torch.save({"model": {"w": torch.tensor([value])}}, folder / name / "best.pth")
+    assert [checkpoint.read(f"https://host/{name}/best.pth")["model"]["w"].item() for name in "ab"] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("address", ["https://host/missing.pth", "https://host/", "https://host/.."])
+def test_what_cannot_be_fetched_is_one_line(server, address):
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
+        checkpoint.read(address)
+    assert address in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["file:///etc/hostname", "ftp://host/a.pth", "http://host/a.pth", "data:,x", "pipe:x", "HTTPS://host/a.pth"])
+def test_nothing_else_is_taken_for_an_address(monkeypatch, address):
+    monkeypatch.setattr(torch.hub, "urlopen", lambda *_, **__: pytest.fail("a path was opened as an address"))
+    with pytest.raises(ValueError, match=r"^no checkpoint [^\n]+$"):
+        checkpoint.read(address)
+
+
+def test_a_file_whose_name_looks_like_an_address_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": STATE}, "pipe:touch sprung")
+    assert checkpoint.model_state(checkpoint.read("pipe:touch sprung")).keys() == STATE.keys()
+    assert os.listdir() == ["pipe:touch sprung"]
