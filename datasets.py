@@ -197,7 +197,10 @@ def write_shards(source, target, maxcount=5000):
             said.append(f"{split}: {len(images)} images of {len(classes)} classes" + "".join(
                 f", {count} of them {kind} files, now PNG" for kind, count in converted.items()))
             said += images.notes[1:]  # what was left out
-        os.rename(Path(made, "shards"), target)
+        try:
+            os.rename(Path(made, "shards"), target)
+        except OSError as error:
+            raise ValueError(f"{target} was filled meanwhile ({reason(error)}): choose a new folder for the shards") from error
     return said
 
 
@@ -219,7 +222,7 @@ if __name__ == "__main__":
             for split in splits:
                 index = shards.write_index(split)
                 print(f"{split.name}: {len(index.records)} images of {len(index.classes)} classes in {len(index.counts)} shards",
-                      *shards.left_out(index), sep="; ")
+                      *shards.left_out(index), *(f"{old} was another's, and is now {new}" for old, new in index.aside), sep="; ")
         else:
             sys.exit(__doc__)
     except (ValueError, OSError) as error:

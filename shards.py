@@ -8,6 +8,7 @@ import bz2
 import functools
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
@@ -193,10 +194,10 @@ def sort_out(file, size):
             raise ValueError(f"{before[3]} and {name} are two labels of one key")
         if before and before[0] < rank:
             continue
-        if member.size > MOST_LABEL_BYTES:
-            raise ValueError(f"{name} has {member.size:,} bytes, too many for a label")
         file.seek(member.offset_data)
         try:
+            if member.size > MOST_LABEL_BYTES:
+                raise ValueError(f"{member.size:,} bytes are too many for a label")
             label = read_label(extension, file.read(member.size))
         except READ_ERRORS as error:
             label = error  # perhaps none at all: an image that needs it says so
@@ -241,6 +242,7 @@ class Index(NamedTuple):
     sizes: list  # bytes of each shard
     records: np.ndarray  # of RECORD, shard after shard
     left: list = ()  # images that were left out, where the shards were read
+    aside: list = ()  # [(name, its new name)] of files that were in the way of the index
 
 
 def numbers(count):
@@ -373,25 +375,43 @@ def write_index(folder, classes=None):
 
     -> Index. Raises ValueError where the shards are not whole or a label is outside the names.
     """
-    folder, kept = Path(folder), None
+    folder, aside = Path(folder), []
     shards = find(folder)
     if not shards:
         raise ValueError(f"{shown(folder)} holds no tar shards")
     try:
         content = read_json(folder)
     except ValueError:
-        content, kept = {}, folder / "index.json.old"
+        content = {}
     named = classes is not None or content.get("named", False)
     index = scan(shards, classes if classes is not None else content.get("classes"), named)
     data, names = BytesIO(), [Path(shard).name for shard in shards]
     np.save(data, index.records, allow_pickle=False)
-    if (folder / "index.json").exists() and (kept or not content):
-        os.replace(folder / "index.json", kept or folder / "index.json.old")
+    for path, ours in ((folder / "index.json", bool(content)), (folder / "index.npy", holds_records(folder / "index.npy"))):
+        if os.path.lexists(path) and not ours:
+            aside.append((path.name, set_aside(path)))
     content = {"classes": index.classes, "named": index.named, "shards": dict(zip(names, index.counts)),
                "bytes": dict(zip(names, index.sizes)), "crc32": zlib.crc32(data.getvalue())}
     replace(folder / "index.npy", data.getvalue())
     replace(folder / "index.json", (json.dumps(content, indent=1) + "\n").encode())
-    return index
+    return index._replace(aside=aside)
+
+
+def holds_records(path):
+    """Whether it is an index.npy of ours, fitting or not."""
+    try:
+        with open_file(path) as file:
+            return np.load(file, allow_pickle=False).dtype == RECORD
+    except READ_ERRORS:
+        return False
+
+
+def set_aside(path):
+    """Another's file makes room and stays: as NAME.old, or NAME.old2 and so on where that is taken. -> its new name"""
+    names = (f"{path.name}.old{i if i > 1 else ''}" for i in itertools.count(1))
+    name = next(name for name in names if not os.path.lexists(path.with_name(name)))
+    os.rename(path, path.with_name(name))
+    return name
 
 
 def replace(path, data):

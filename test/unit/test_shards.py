@@ -408,6 +408,25 @@ def test_another_tools_index_is_kept(numbered, command):
     assert (numbered / "index.json.old").read_text() == wids and content_of(numbered) == EXPECTED
 
 
+def test_nothing_that_stands_where_an_index_goes_is_lost(numbered, command):
+    """An index of another's, an array of another's, and what was set aside before."""
+    for name in ("index.json", "index.json.old", "index.npy"):
+        (numbered / name).write_text(f'{{"shardlist": "{name}"}}')
+    said = command("index", numbered.parent)
+    assert "index.json was another's, and is now index.json.old2; index.npy was another's, and is now index.npy.old" in said
+    for name, before in (("index.json.old2", "index.json"), ("index.json.old", "index.json.old"), ("index.npy.old", "index.npy")):
+        assert json.loads((numbered / name).read_text()) == {"shardlist": before}
+    assert content_of(numbered) == EXPECTED
+    assert "another" not in command("index", numbered.parent) and len(list(numbered.glob("*.old*"))) == 3
+
+
+def test_a_large_file_of_boxes_beside_a_class(tmp_path):
+    """It may stand before the .cls in the tar."""
+    boxes = json.dumps({"boxes": [[0, 0, 1, 1]] * 100_000}).encode()
+    write_tar(tmp_path / "0.tar", [("0007.json", boxes), *pairs(1, start=7)])
+    assert [target for _, target, _ in ShardedImages([tmp_path / "0.tar"], plain)] == [1]
+
+
 @pytest.mark.parametrize("text", [
     "{", "[]", "3", "null", '"x"', "{}", "[" * 100_000, "\xff\xfe", '{"classes": ["a"], "shards": 3}', '{"classes": "abc", "shards": {}}',
     '{"classes": [1, 2, 3], "shards": {}}', '{"classes": ["a", "b", "c"], "shards": {"0.tar": "6", "1.tar": 6}}',
@@ -590,7 +609,7 @@ def link(name, to, kind=tarfile.LNKTYPE):
     ([link("7.png", "/etc/passwd", tarfile.SYMTYPE), ("7.cls", b"1")], r"7\.png is a link"),
     ([("7.png", picture()), link("7.cls", "0001.cls")], r"7\.cls is a link"),
     ([("7\n\x1b[31m.png", picture())], r"7\\n\\x1b\[31m\.png has no label"),
-    ([("7.png", picture()), ("7.cls", b"1" * 2_000_000)], r"7\.cls has 2,000,000 bytes, too many for a label")])
+    ([("7.png", picture()), ("7.cls", b"1" * 2_000_000)], r"7\.cls: 2,000,000 bytes are too many for a label")])
 def test_shards_that_make_no_sense_are_one_line_with_shard_and_member(tmp_path, more, words):
     folder = split_of(tmp_path, pairs(6) + more)
     assert re.match(rf"cannot read the shard {folder}/x\.tar \({words}.*\): ", refusal(folder))
@@ -830,6 +849,18 @@ runpy.run_path({datasets.__file__!r}, run_name="__main__")
         assert os.listdir(tmp_path) == []
     write_shards(tiny_folder, tmp_path / "tars")
     assert len(datasets.build_dataset(False, tmp_path / "tars")[0]) == 11
+
+
+def test_two_at_once_to_one_folder(tiny_folder, tmp_path, monkeypatch):
+    """Who comes second says so in words, and leaves the first one's alone."""
+    def write(folder, *_, plain=shards.write):
+        (tmp_path / "s").mkdir(exist_ok=True)
+        (tmp_path / "s" / "first").write_text("whole")
+        return plain(folder, *_)
+    monkeypatch.setattr(shards, "write", write)
+    with pytest.raises(ValueError, match=r"s was filled meanwhile .*: choose a new folder for the shards"):
+        write_shards(tiny_folder, tmp_path / "s")
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["s", "s/first"]
 
 
 def test_a_write_that_fails_leaves_nothing(tiny_folder, tmp_path, monkeypatch):
