@@ -102,8 +102,9 @@ class LocallyGroupedAttention(nn.Module):
 
 
 def is_plain(layer):
-    """Whether a layer is what it was built as: nothing wraps it, and no hook can make its output another."""
-    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+    """Whether a layer is what it was built as: nothing wraps or replaces its forward, and no hook can make its output another."""
+    return (type(layer) is nn.Linear and layer.bias is not None and "forward" not in layer.__dict__
+            and not layer._forward_hooks and not layer._forward_pre_hooks)
 
 
 @traced_whole

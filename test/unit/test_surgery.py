@@ -268,6 +268,22 @@ def test_a_mistake_is_not_blamed_on_the_network():
     assert "network" not in str(caught.value)
 
 
+@pytest.mark.parametrize("what", ["no bias", "another forward"])
+def test_a_changed_layer_is_asked_for_the_padding_too(what):
+    """36 pixels: 9 x 9 tokens, which windows of 7 x 7 do not fill."""
+    ours = randomise(timm.create_model("alt_gvt_small", **ONE)).eval()
+    theirs = timm.create_model("twins_svt_small", **ONE).eval()
+    theirs.load_state_dict(ours.state_dict())
+    for model in (ours, theirs):
+        layer = model.blocks[0][0].attn.qkv
+        if what == "no bias":
+            layer.bias = None
+        else:
+            layer.forward = lambda x, forward=layer.forward: 2 * forward(x)
+    x = images(2, 36, 36)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
 # ---- devices, dtypes, drop rates ----
 
 @pytest.mark.parametrize("name", ["alt_gvt_small", "pcpvt_small_v0"])
