@@ -392,6 +392,15 @@ def test_what_decided_is_taken(content, taken):
     assert [*checkpoint.model_state(both)] == [taken] and [*checkpoint.model_state(both, ema=False)] == ["weights"]
 
 
+def test_the_exported_weights_of_the_readme_are_bare(tmp_path, monkeypatch):
+    """What converters take, such as mmsegmentation's: a state dict, or one under 'state_dict'. README's command makes it."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save("checkpoint.pth", model=STATE, optimizer={}, epoch=1)
+    command = re.search(r"`(torch\.save\(torch\.load[^`]+)`", (Path(__file__).parents[2] / "README.md").read_text())[1]
+    exec(command, {"torch": torch})
+    assert {key: value.shape for key, value in torch.load("twins.pth", weights_only=True).items()} == {k: v.shape for k, v in STATE.items()}
+
+
 # ---- addresses ----
 
 @pytest.fixture
