@@ -183,7 +183,8 @@ def sort_out(file, size):
             continue
         name, is_image = shown(member.name), extension in EXTENSIONS
         if not member.isreg() or member.issparse():
-            raise ValueError(f"{name} is a {'sparse file' if member.isreg() else 'link'}, without bytes of its own")
+            what = "sparse file (tar without -S stores it whole)" if member.isreg() else "link (tar -h --hard-dereference stores the file)"
+            raise ValueError(f"{name} is a {what}, without bytes of its own")
         if is_image:
             if key in images:
                 raise ValueError(f"{images[key][2]} and {name} are two images of one key")

@@ -605,7 +605,7 @@ def link(name, to, kind=tarfile.LNKTYPE):
     ([("7.png", picture()), ("7.jpg", picture()), ("7.cls", b"1")], r"7\.png and 7\.jpg are two images of one key"),
     ([("0001.png", picture()), ("0001.cls", b"1")], r"0001\.png and 0001\.png are two images of one key"),
     ([("7.png", picture()), ("7.cls", b"1"), ("7.CLS", b"2")], r"7\.cls and 7\.CLS are two labels of one key"),
-    ([link("7.png", "0001.png"), ("7.cls", b"1")], r"7\.png is a link"),
+    ([link("7.png", "0001.png"), ("7.cls", b"1")], r"7\.png is a link \(tar -h --hard-dereference stores the file\)"),
     ([link("7.png", "/etc/passwd", tarfile.SYMTYPE), ("7.cls", b"1")], r"7\.png is a link"),
     ([("7.png", picture()), link("7.cls", "0001.cls")], r"7\.cls is a link"),
     ([("7\n\x1b[31m.png", picture())], r"7\\n\\x1b\[31m\.png has no label"),
