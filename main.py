@@ -438,11 +438,17 @@ def raised_here(error):
     return Path(frame.f_code.co_filename).resolve().parent == Path(__file__).resolve().parent
 
 
+def stop(*_):
+    """Of SIGTERM, which may go to the whole group: torch would tell of the loader workers that it ended, with a traceback."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    sys.exit(143)
+
+
 def run(argv=None):
     """main with errors turned into an exit status."""
     args = options.parse(argv)
     utils.print_any_name()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, stop)
     try:
         main(args)
         return 0

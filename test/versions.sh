@@ -10,12 +10,12 @@
 # The status is 0 if everything worked; the logs of a step that did not are shown.
 
 set -euo pipefail
-source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/setup_env.sh"
 
 torch='' base='' env='' units=''
 while (($#)); do
     case $1 in
-        --help | -h) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        --help | -h) sed -n '2,/^[^#]/s/^# \{0,1\}//p' -- "$0"; exit 0 ;;
         --units) units=true ;;
         --env=*) env=${1#*=} ;;
         -*) fail "unknown option $1: see --help" 2 ;;

@@ -3,6 +3,7 @@ import socket
 import sys
 
 import pytest
+from conftest import ROOT
 from test_scripts import (  # noqa: F401  fixtures
     FINETUNE_1P,
     FULL_8P,
@@ -48,6 +49,8 @@ def test_a_script_called_through_a_link(repo, run, tmp_path):  # noqa: F811
     assert f"bash test/{FULL_8P}" in shown
     (repo / "requirements.txt").write_text("")
     assert run(tmp_path / "bin dir" / "my 1 setup_env.sh", check=0).stdout == f"{sys.executable}\n"
+    (tmp_path / "versions").symlink_to(ROOT / "test/versions.sh")
+    assert "bash test/versions.sh TORCH" in run(tmp_path / "versions", "--help", check=0).stdout
 
 
 @pytest.mark.parametrize("says", ["print('hello'); import atexit; atexit.register(print, 'bye')", "print('/bin/sh\\nall is well', end='')"])
