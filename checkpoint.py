@@ -172,9 +172,10 @@ def decided(content):
 
     Ours once did not say: then the average decided. Those of others say nothing of the kind.
     """
-    if not isinstance(content, dict) or not content.get("model_ema"):
+    if not isinstance(content, dict) or not isinstance(content.get("model_ema"), dict) or not content["model_ema"]:
         return "model"
-    return "model_ema" if content.get("better", "model_ema" if "options" in content else "model") == "model_ema" else "model"
+    better = content.get("better", "model_ema" if "options" in content else "model")
+    return "model_ema" if isinstance(better, str) and better == "model_ema" else "model"
 
 
 def model_state(content, path="the checkpoint", ema=None):

@@ -214,6 +214,7 @@ def check_layout(state):
     """ValueError for what is no optimizer's state_dict()."""
     groups = state.get("param_groups") if isinstance(state, dict) else None
     if not (isinstance(groups, list) and groups and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+            and all(type(i) is int for g in groups for i in g["params"])
             and isinstance(state.get("state"), dict) and all(isinstance(entry, dict) for entry in state["state"].values())
             and isinstance(state.get("kind", ""), str)):
         raise ValueError("the checkpoint's optimizer state is not one that torch writes: start from its weights, --finetune FILE")

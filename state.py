@@ -29,6 +29,15 @@ def number(value, what, least=-math.inf):
     return value
 
 
+def part(saved, key):
+    """The state_dict under `key` of a checkpoint, {} where there is none. ValueError for what is no state_dict."""
+    value = saved.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"the checkpoint's {key} is a {type(value).__name__}, not a state_dict: its weights alone start a new training: "
+                         "--finetune FILE")
+    return value or {}
+
+
 class State:
     """A training between two epochs. What is added to a run is saved and restored here, side by side.
 
@@ -68,22 +77,19 @@ class State:
         -> notes, one line each, of what this run leaves as it is. Raises ValueError where a part does not fit.
         """
         notes = []
-        settings = saved.get("options") or saved.get("args") or {}
+        settings = saved.get("options", saved.get("args"))
         settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
         opt = settings.get("opt") if isinstance(settings, dict) else None
         optim.load_state(self.optimizer, saved["optimizer"], self.net, list(checkpoint.model_state(saved, path, ema=False)),
                          opt if isinstance(opt, str) else None)
-        schedule, scaler = saved.get("schedule") or {}, saved.get("scaler") or saved.get("amp") or {}
-        if not isinstance(schedule, dict) or not isinstance(scaler, dict):
-            raise ValueError(f"{path}: its {'loss scaler' if isinstance(schedule, dict) else 'schedule'} is no state_dict: its weights "
-                             "alone start a new training: --finetune FILE")
+        schedule, scaler = part(saved, "schedule"), part(saved, "scaler") or part(saved, "amp")
         self.schedule.load_state_dict(schedule)
         self.precision.load_state_dict(scaler)
         if scaler and not self.precision.state_dict():
             self.kept["scaler"] = scaler
         if self.average is not None:
             notes += self.load_average(saved, path)
-        elif saved.get("model_ema"):
+        elif part(saved, "model_ema"):
             self.kept |= {"model_ema": checkpoint.model_state(saved, path, ema=True), "model_ema_updates": saved.get("model_ema_updates")}
             notes.append(f"{path} has a moving average: without --model-ema it is kept as it is, and not moved")
         epoch = number(saved["epoch"], "epoch", -1)
@@ -97,7 +103,7 @@ class State:
         return notes
 
     def load_average(self, saved, path):
-        if not saved.get("model_ema"):
+        if not part(saved, "model_ema"):
             return [f"{path} has no moving average: it starts here, from the model's weights"]
         checkpoint.load_weights(self.average.module, checkpoint.model_state(saved, path, ema=True), path)
         updates = saved.get("model_ema_updates")

@@ -20,6 +20,8 @@ import timm
 import timm.optim
 import torch
 import torch.hub
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import checkpoint
@@ -27,6 +29,7 @@ import devices
 import engine
 import gvt
 import optim
+from state import MovingAverage, State
 
 CPU = torch.device("cpu")
 
@@ -478,3 +481,46 @@ def test_a_file_whose_name_looks_like_an_address_is_a_file(tmp_path, monkeypatch
     torch.save({"model": STATE}, "pipe:touch sprung")
     assert checkpoint.model_state(checkpoint.read("pipe:touch sprung")).keys() == STATE.keys()
     assert os.listdir() == ["pipe:touch sprung"]
+
+
+# ---- whatever a file holds ----
+
+KEYS = st.text(max_size=3) | st.integers(0, 9)
+ANYTHING = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just(torch.ones(2)),
+                        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=4)
+
+
+def places(value, at=()):
+    """Every place in nested dictionaries and lists, as a path of keys."""
+    yield at
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(item, (*at, key))
+
+
+@pytest.fixture(scope="module")
+def training():
+    model = small()
+    optimizer, schedule, _ = optim.build(model, CPU, lr=1e-2, global_batch=512, epochs=10, sched="plateau")
+    train(model, optimizer, 1, seed=1)
+    return State(model, optimizer, schedule, devices.make_precision(CPU, "fp16"), MovingAverage(model, 0.9), epoch=1).state_dict()
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_state_with_anything_anywhere_is_taken_or_one_line(training, data):
+    saved = copy.deepcopy(training)
+    where = data.draw(st.sampled_from([at for at in places(saved) if at and at != ("model",)]))
+    inner = saved
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = data.draw(ANYTHING)
+    model = small()
+    optimizer, schedule, _ = optim.build(model, CPU, lr=1e-2, global_batch=512, epochs=10, sched="plateau")
+    state = State(model, optimizer, schedule, devices.make_precision(CPU, "fp16"), MovingAverage(model, 0.9))
+    try:
+        state.load_state_dict(saved)
+    except ValueError as error:
+        assert "\n" not in str(error)
+        return
+    train(model, optimizer, 1, seed=2)
