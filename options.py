@@ -127,8 +127,8 @@ MANY = 10**9
 LIMITS = dict(
     batch_size=(1, 10**6), epochs=(1, 10**5), max_step=(0, MANY), input_size=(32, 2**14), num_workers=(0, 1024), accum_steps=(1, 10**6),
     val_interval=(1, MANY), print_freq=(1, MANY), start_epoch=(0, MANY), sched_lag=(0, MANY), warmup_epochs=(0, MANY),
-    cooldown_epochs=(0, MANY), patience_epochs=(0, MANY), recount=(1, 1000), seed=(0, 2**32 - 1), lr=(0, 1e4), warmup_lr=(0, 1e4),
-    min_lr=(0, 1e4), weight_decay=(0, 1e4), clip_grad=(0, 1e30), opt_eps=(0, 1e6), mixup=(0, 1e6), cutmix=(0, 1e6), color_jitter=(0, 1e6),
+    cooldown_epochs=(0, MANY), patience_epochs=(0, MANY), recount=(1, 1000), seed=(0, 2**32 - 1), lr=(0, 1e30), warmup_lr=(0, 1e30),
+    min_lr=(0, 1e30), weight_decay=(0, 1e4), clip_grad=(0, 1e30), opt_eps=(0, 1e6), mixup=(0, 1e6), cutmix=(0, 1e6), color_jitter=(0, 1e6),
     distillation_tau=(1e-6, 1e6), decay_epochs=(1e-6, MANY), decay_rate=(1e-6, 1e3), lr_noise_pct=(0.01, 1), lr_noise_std=(0, 100))
 DEFAULTS = {names.split()[0][2:].replace("-", "_"): default for rows in OPTIONS.values() for names, default, *_ in rows}
 

@@ -946,7 +946,7 @@ def broken_data(kind, data, folder):
 MISTAKES = {  # kind: words, a regular expression of the message; DATA, RUN and FILE stand for paths
     "missing path": ("--data-path DATA/nothing", r"--data-path DATA/nothing: no such folder"),
     "empty path": ("--data-path=", r"no data set: --data-path FOLDER"),
-    "no val": ("--data-path DATA", r"--data-path DATA: it has no folder val/ \(expected train/ and val/\)"),
+    "no val": ("--data-path DATA", r"--data-path DATA: it has no folder val/ \(expected train/ and val/\); --no-eval trains without"),
     "empty class": ("--data-path DATA", r"--data-path DATA: .*leaves.*: every class is a folder in train/ with at least one image"),
     "other classes": ("--data-path DATA", r"--data-path DATA: train/ has 3 classes and val/ 3, and they differ: only in train "
                       r"\['leaves'\], only in val \['branches'\]: make the folders agree"),
@@ -970,8 +970,10 @@ MISTAKES = {  # kind: words, a regular expression of the message; DATA, RUN and 
     "a model of a fixed size": (
         "--model=efficientformer_l1", r"--model efficientformer_l1 fails on an image of 32 pixels \(.*\): its own size is .* 224"),
     "betas for an optimizer without": ("--opt adafactor --opt-betas 0.9 0.99", r"--opt adafactor: it has no betas \(--opt-betas\): .*"),
-    "missing checkpoint": ("--resume RUN/epoch9.pth", r"no checkpoint RUN/epoch9.pth: look at the path"),
-    "missing weights": ("--finetune RUN/epoch9.pth", r"no checkpoint RUN/epoch9.pth: look at the path"),
+    "missing checkpoint": (
+        "--resume RUN/epoch9.pth", r"no checkpoint RUN/epoch9.pth: look at the path of --resume, --finetune or --teacher-path"),
+    "missing weights": (
+        "--finetune RUN/epoch9.pth", r"no checkpoint RUN/epoch9.pth: look at the path of --resume, --finetune or --teacher-path"),
     "no checkpoint": ("--resume FILE", r"cannot read the checkpoint FILE .*"),
     "auto without a checkpoint": ("--resume auto --output_dir DATA", r"--resume auto: no checkpoint.pth in DATA"),
     "auto without a folder": ("--resume auto --output_dir=", r"--resume auto looks in --output_dir: say which folder"),

@@ -223,7 +223,7 @@ def test_the_defaults_and_a_data_set_pass():
     ("--epochs 99999999999999999999", "--epochs is 99999999999999999999, and must be at most 100000"),
     ("--num_workers 100000", "--num-workers is 100000, and must be at most 1024"),
     ("--recount 1000000000", "--recount is 1000000000, and must be at most 1000"),
-    ("--lr 1e300", "--lr is 1e+300, and must be at most 10000"),
+    ("--lr 1e300", "--lr is 1e+300, and must be at most 1e+30"),
     ("--lr-noise 0.8 0.4", "--lr-noise takes one or two fractions of the schedule, the smaller first"),
     ("--lr-noise 0.4 0.4", "--lr-noise takes one or two fractions"),
     ("--lr-noise-pct 0", "--lr-noise-pct is 0.0, and must be at least 0.01"),

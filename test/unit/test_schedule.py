@@ -123,13 +123,14 @@ COSINE, BARE = upstream("cosine", 30, 5), [FLOOR + (PEAK - FLOOR) * (1 + math.co
 def test_the_recipe_says_the_first_the_highest_and_the_last_rate(words, first, line):
     import main
     from devices import Precision, Ranks
+    from transforms import Preprocessing
     args = options.parse(["--data-path=x", "--epochs=30", "--batch-size=1024", *words])
     net = nn.Linear(4, 3)
     net.num_classes = 3
     optimizer, schedule, peak = build(
         sched=args.sched, sched_lag=args.sched_lag, warmup_epochs=args.warmup_epochs, lr=args.lr, epochs=args.epochs)
     ranks = Ranks(torch.device("cpu"))
-    block = main.recipe(args, ranks, Precision(ranks.device), peak, optimizer, schedule, net, range(100), first)
+    block = main.recipe(args, ranks, Precision(ranks.device), peak, optimizer, schedule, net, range(100), first, Preprocessing())
     told, = (text for text in block.splitlines() if text.startswith("  rates "))
     assert line in told
     assert "warning: " not in block
