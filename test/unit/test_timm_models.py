@@ -334,7 +334,7 @@ def test_images_are_described_as_they_are_prepared():
 @pytest.mark.parametrize("words, message", [
     ("--mean 0.5", "--mean takes three numbers between 0 and 1"), ("--std 0.5 0.5 0", "--std takes three numbers between 0 and 1"),
     ("--mean 128 128 128", "--mean takes three numbers between 0 and 1"), ("--std nan 1 1", "--std takes three numbers"),
-    ("--crop-pct 0", "--crop-pct is 0.0, and must be more than 0 and at most 1"), ("--crop-pct nan", "--crop-pct is nan"),
+    ("--crop-pct 0", "--crop-pct is 0.0, and must be between 0.01 and 1"), ("--crop-pct nan", "--crop-pct is nan"),
     ("--crop-pct 87.5", "--crop-pct is 87.5")])
 def test_wrong_numbers_for_images_are_one_line(capsys, words, message):
     with pytest.raises(SystemExit) as caught:
