@@ -14,7 +14,7 @@ from helpers import host, run_script, trains, usual
 pytest_plugins = ["helpers"]
 TINY = ["--batch_size=2", "--max_step=2", "--epochs=1", "--input-size=32", "--workers=0"]
 KEYS = ["Network", "RankSize", "BatchSize", "DeviceType", "CaseName", "ActualFPS", "TrainingTime", "TrainAccuracy", "ActualLoss",
-        "E2ETrainingTime"]
+        "E2ETrainingTime", "MeanFPS", "LastAccuracy"]
 
 
 def check_logs(repo, done, case, ranks, accuracy=True):
