@@ -81,10 +81,7 @@ class LocallyGroupedAttention(nn.Module):
         rows, cols = (H + pad_h) // size, (W + pad_w) // size
         windows = partial(rearrange, pattern="b (rows i) (cols j) c -> (b rows cols) (i j) c", i=size, j=size)
         if (pad_h or pad_w) and is_plain(self.qkv):  # a product of the padding, which may be most of the map, is its bias
-            blank = self.qkv.bias.to(x.dtype)
-            x = self.qkv(x)
-            x = torch.cat([x, blank.expand(B, H, pad_w, -1)], dim=2)
-            x = windows(torch.cat([x, blank.expand(B, pad_h, W + pad_w, -1)], dim=1))
+            x = windows(PadWith.apply(self.qkv(x), self.qkv.bias, pad_h, pad_w))
         else:
             x = self.qkv(windows(F.pad(x, (0, 0, 0, pad_w, 0, pad_h)) if pad_h or pad_w else x))
         q, k, v = heads_of(x, 3, self.num_heads)  # (B rows cols, heads, window_size^2, head_dim)
@@ -99,6 +96,28 @@ class LocallyGroupedAttention(nn.Module):
         real = torch.zeros(rows * size, cols * size, dtype=torch.bool, device=device)
         real[:H, :W] = True
         return rearrange(real, "(rows i) (cols j) -> (rows cols) 1 1 (i j)", i=size, j=size).repeat(B, 1, 1, 1)
+
+
+class PadWith(torch.autograd.Function):
+    """(B, H, W, C) -> (B, H + pad_h, W + pad_w, C): below and on the right stands `blank` (C,)."""
+
+    @staticmethod
+    def forward(ctx, x, blank, pad_h, pad_w):
+        B, H, W, C = x.shape
+        ctx.size, ctx.dtype = (H, W), blank.dtype
+        padded = x.new_empty(B, H + pad_h, W + pad_w, C)
+        padded[:, :H, :W] = x
+        padded[:, :H, W:] = blank
+        padded[:, H:] = blank
+        return padded
+
+    @staticmethod
+    def backward(ctx, grad):
+        H, W = ctx.size
+        padding = torch.ones(grad.shape[:3], dtype=grad.dtype, device=grad.device)
+        padding[:, :H, :W] = 0
+        # a product, since the sum over what is no piece of memory takes a CPU several times as long
+        return grad[:, :H, :W], (padding.flatten() @ grad.flatten(0, 2)).to(ctx.dtype), None, None
 
 
 def is_plain(layer):
@@ -155,7 +174,8 @@ class PatchConv2d(nn.Conv2d):
     def forward(self, x):
         r = self.stride[0]
         H, W = x.shape[2] // r * r, x.shape[3] // r * r
-        x = rearrange(x[:, :, :H, :W], "b c (h i) (w j) -> b h w (c i j)", i=r, j=r)
+        # of a channels-last view, so that the gradient has the map's own strides: else each layer before copies its gradient
+        x = rearrange(channels_last(x)[:, :H, :W], "b (h i) (w j) c -> b h w (c i j)", i=r, j=r)
         return channels_first(F.linear(x, self.weight.flatten(1), self.bias))
 
 
