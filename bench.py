@@ -2,7 +2,7 @@
 
     python bench.py [--device cpu] [--batch-size 8] [--input-size 224] [--amp auto] [--steps 10]
 
-Ours: devices.Precision, clipping and optim's optimizer. timm's: autocast, torch's clip_grad_norm_ and AdamW with its defaults.
+Ours: Precision, clipping and optim's optimizer. timm's: autocast, torch's clip_grad_norm_ and AdamW with its defaults.
 The two take turns on the same images, so that the ratio holds where the machine's speed drifts. The first steps do not count.
 """
 import argparse
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 import gvt  # noqa: F401  registers the models
 import optim
+from precision import Precision
 
 
 def ours(device, precision, images, targets, drop_path):
@@ -71,7 +72,7 @@ def main():
         parser.error("--batch-size and --steps are at least 1, --input-size at least 32, and --drop-path is at least 0 and less than 1")
     device = devices.init_distributed_mode(given.device).device
     devices.seed_everything(0)
-    precision = devices.Precision(device, given.amp)
+    precision = Precision(device, given.amp)
     images = torch.randn(given.batch_size, 3, given.input_size, given.input_size, device=device)
     targets = torch.randint(1000, (given.batch_size,), device=device)
     steps = [make(device, precision, images, targets, given.drop_path) for make in (ours, theirs)]

@@ -33,7 +33,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
                     mixup_fn=None, *, accum_steps=1, max_steps=0, print_freq=10, ranks=1, quiet=False, memory=None):
     """One pass over data_loader, or its first max_steps iterations. -> {lr, loss, fps, steps}
 
-    criterion(images, outputs, targets) -> scalar. loss_scaler: a devices.Precision. model_ema: has update(model).
+    criterion(images, outputs, targets) -> scalar. loss_scaler: a Precision. model_ema: has update(model).
     accum_steps: iterations whose mean gradient makes one update. ranks: processes that train together.
     memory: a function that says the memory in MB.
 

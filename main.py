@@ -41,6 +41,7 @@ import networks
 import optim
 import transforms
 import utils
+from precision import is_flat, make_precision
 from state import MovingAverage, State
 
 
@@ -246,7 +247,7 @@ def build_epoch(args, ranks, run, train_loader, numbering, preprocessing, say):
         say("note: the first step compiles the model, which takes minutes (on a CPU ten and more); nothing is printed meanwhile")
     model = torch.compile(run.net) if args.compile else run.net
     if ranks.world_size > 1:
-        model = devices.parallel(model, ranks.device, devices.is_flat(run.optimizer))
+        model = devices.parallel(model, ranks.device, is_flat(run.optimizer))
     mixup = transforms.FixedShapeMixup(
         args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
         label_smoothing=args.smoothing, num_classes=len(numbering.names)) if options.mixes(args) else None
@@ -341,7 +342,7 @@ def main(args):
     saved, saved_path = load_weights(args, net, content, path, numbering, say)
     net.to(device)
     devices.seed_everything(args.seed + ranks.rank)  # other drop paths and mixtures on each rank
-    precision = devices.make_precision(device, args.amp)
+    precision = make_precision(device, args.amp)
     evaluate = partial(engine.evaluate, device=device, autocast=precision.autocast, ranks=ranks.world_size if args.dist_eval else 1,
                        shared=args.dist_eval, quiet=not ranks.is_main)
     if args.throughout:

@@ -8,7 +8,7 @@ import torch
 from timm.optim import Lookahead, create_optimizer_v2, get_optimizer_class, get_optimizer_info, param_groups_weight_decay
 from timm.scheduler import TanhLRScheduler, create_scheduler_v2
 
-import devices
+from precision import is_flat, optimizer_flavour
 
 
 def effective_lr(lr, global_batch):
@@ -80,7 +80,7 @@ def build(model, device, *, lr, global_batch, epochs, opt="adamw", weight_decay=
     peak_lr = effective_lr(lr, global_batch)
     groups = decay_groups(model, weight_decay)
     opt = opt.lower()
-    constructor, flavour = devices.optimizer_flavour(device, opt, precision)
+    constructor, flavour = optimizer_flavour(device, opt, precision)
     try:
         base = opt.removeprefix("lookahead_")
         if constructor is None and get_optimizer_info(base).second_order:
@@ -120,7 +120,7 @@ def kind_of(optimizer):
     """The name that a checkpoint knows an optimizer by. AdamW's implementations, fused, foreach and flat, have one state."""
     if isinstance(optimizer, Lookahead):
         return f"Lookahead {kind_of(optimizer._base_optimizer)}"
-    return "AdamW" if devices.is_flat(optimizer) else type(optimizer).__name__
+    return "AdamW" if is_flat(optimizer) else type(optimizer).__name__
 
 
 def names_of(optimizer, model):
@@ -135,7 +135,7 @@ def portable_state(optimizer, model=None):
     torch_npu's flat AdamW counts its steps in plain numbers; here they are tensors, as torch's AdamW has them.
     """
     state = optimizer.state_dict()
-    if devices.is_flat(optimizer):
+    if is_flat(optimizer):
         state["state"] = {i: {key: torch.tensor(float(value)) if key == "step" else value for key, value in entry.items()}
                           for i, entry in state["state"].items()}
     names = names_of(optimizer, model) if model is not None else [None] * len(state["param_groups"])
@@ -148,7 +148,7 @@ def expected(optimizer):
 
     -> {(group, shape): {key: value}}, [the keys that each group counts in]
     """
-    if devices.is_flat(optimizer):  # a twin would gather its parameters into a buffer of its own
+    if is_flat(optimizer):  # a twin would gather its parameters into a buffer of its own
         shapes = {(i, p.shape): p for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         return {at: dict(step=0, exp_avg=p, exp_avg_sq=p) for at, p in shapes.items()}, [{"step"} for _ in optimizer.param_groups]
     base = optimizer._base_optimizer if isinstance(optimizer, Lookahead) else optimizer

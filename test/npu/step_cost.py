@@ -2,7 +2,7 @@
 
     PATH=$PWD/.venv-npu/bin:$PATH test/npu_sim/run -n 1 python test/npu/step_cost.py [--batch 2] [--size 224] [--detail]
 
-Ours: alt_gvt_small, engine's step with devices.Precision and the default optimizer. timm's: twins_svt_small with
+Ours: alt_gvt_small, engine's step with Precision and the default optimizer. timm's: twins_svt_small with
 torch.optim.AdamW and torch's clip_grad_norm_. Both: bf16 autocast, drop path 0.2, clipping at 5, one card.
 """
 
@@ -21,6 +21,7 @@ import devices
 import engine
 import gvt  # noqa: F401  registers the models
 import optim
+from precision import Precision
 
 
 class Window:
@@ -65,7 +66,7 @@ def costs(amp="bf16", batch=2, size=224):
     device = devices.init_distributed_mode("npu").device
     torch.manual_seed(0)
     data = torch.randn(batch, 3, size, size).to(device), torch.randint(1000, (batch,)).to(device)
-    return [make(device, data, devices.Precision(device, amp)) for make in (ours, theirs)]
+    return [make(device, data, Precision(device, amp)) for make in (ours, theirs)]
 
 
 ROWS = {

@@ -17,6 +17,7 @@ from loader_probe import Probe
 
 import devices
 import loaders
+from precision import Precision, optimizer_flavour
 
 pytest_plugins = ["helpers"]
 ONE_STEP = ["--epochs=1", "--max_step=1", "--no-eval"]
@@ -172,13 +173,13 @@ def test_a_910b_trains_in_bf16_with_foreach_adamw(few):
         pytest.skip("this NPU has no bf16")
     done = trains(*automatic(few))
     assert setting(done.out, "precision") == "bf16" and setting(done.out, "optimizer").startswith("AdamW,")
-    assert devices.optimizer_flavour(NPU, "adamw") == (None, {"foreach": True})
+    assert optimizer_flavour(NPU, "adamw") == (None, {"foreach": True})
 
 
 def test_fp16_with_inf_and_nan_has_torchs_scaler():
     if not torch.npu.utils.is_support_inf_nan():
         pytest.skip("this NPU has no inf and nan")
-    scaler = devices.Precision(NPU, "fp16").scaler
+    scaler = Precision(NPU, "fp16").scaler
     assert type(scaler) is torch.amp.GradScaler and scaler.is_enabled()
 
 

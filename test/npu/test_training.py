@@ -22,6 +22,7 @@ import checkpoint
 import devices
 import gvt  # noqa: F401  registers the models
 import optim
+from precision import FlatGradients, Precision
 
 pytest_plugins = ["helpers"]
 STEPS = 20
@@ -183,7 +184,7 @@ def built(net, opt, device=NPU, precision="fp32"):
 def test_clipping_equals_torchs(opt, max_norm):
     cpu, npu = twins_of()
     optimizer = built(npu, opt)
-    clip = devices.FlatGradients()
+    clip = FlatGradients()
     for step in range(2):  # the second with gradients that are views already
         optimizer.zero_grad()
         cpu.zero_grad()
@@ -199,7 +200,7 @@ def test_clipping_equals_torchs(opt, max_norm):
 @pytest.mark.parametrize("opt", ["adamw", "npufusedadamw"])
 def test_clipping_is_a_handful_of_launches_without_a_wait(sim, opt):
     _, npu = twins_of()
-    optimizer, clip = built(npu, opt), devices.FlatGradients()
+    optimizer, clip = built(npu, opt), FlatGradients()
     for _ in range(2):  # in the first step the flat optimizer makes its buffers
         loss_of(npu, 0).backward()
         sim.reset()
@@ -212,7 +213,7 @@ def test_clipping_is_a_handful_of_launches_without_a_wait(sim, opt):
 
 def test_after_clipping_gradients_are_views_of_one_buffer():
     _, npu = twins_of()
-    optimizer, clip = built(npu, "adamw"), devices.FlatGradients()
+    optimizer, clip = built(npu, "adamw"), FlatGradients()
     loss_of(npu, 0).backward()
     clip.clip_(optimizer, list(npu.parameters()), 1.0)
     assert {p.grad.untyped_storage().data_ptr() for p in npu.parameters()} == {clip.buffer.untyped_storage().data_ptr()}
@@ -223,7 +224,7 @@ def test_after_clipping_gradients_are_views_of_one_buffer():
 
 def train(net, optimizer, steps, device=NPU, precision=None, clip=5.0):
     """As engine does."""
-    precision = precision or devices.Precision(device, "off")
+    precision = precision or Precision(device, "off")
     optimizer.zero_grad()
     for step in steps:
         with precision.autocast():
@@ -338,7 +339,7 @@ def test_ddp_leaves_gradients_to_the_flat_optimizer(monkeypatch):
 @pytest.mark.parametrize("opt", ["npufusedadamw", "adamw"])
 def test_fp16_skips_a_step_that_overflows_and_then_trains(opt):
     _, npu = twins_of()
-    optimizer, precision = built(npu, opt, precision="fp16"), devices.Precision(NPU, "fp16")
+    optimizer, precision = built(npu, opt, precision="fp16"), Precision(NPU, "fp16")
     train(npu, optimizer, [0], precision=precision)
     before, scale = {key: value.clone() for key, value in npu.state_dict().items()}, precision.state_dict()["scale"]
     precision(loss_of(npu, 1) * 1e38, optimizer, 5.0)

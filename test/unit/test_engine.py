@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-import devices
 import engine
+from precision import Precision
 from samplers import EvalSampler
 from transforms import FixedShapeMixup
 from utils import WARMUP_STEPS
@@ -47,7 +47,7 @@ def cross_entropy(images, outputs, targets):
 
 def train(model, batches, lr=0.1, amp="off", optimizer=None, criterion=cross_entropy, epoch=0, quiet=True, **kwargs):
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    return engine.train_one_epoch(model, criterion, batches, optimizer, CPU, epoch, devices.Precision(CPU, amp), quiet=quiet, **kwargs)
+    return engine.train_one_epoch(model, criterion, batches, optimizer, CPU, epoch, Precision(CPU, amp), quiet=quiet, **kwargs)
 
 
 def weights(model):
@@ -428,7 +428,7 @@ def test_with_fewer_than_five_classes_the_top_five_are_all():
 
 def test_an_evaluation_in_bf16_still_adds_its_loss_in_full_precision():
     images, targets = images_of(400)
-    autocast = devices.Precision(CPU, "bf16").autocast
+    autocast = Precision(CPU, "bf16").autocast
     with autocast(), torch.no_grad():
         logits = net()(images).float()
     stats = engine.evaluate([(images, targets)], net(), CPU, autocast, quiet=True)

@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import checkpoint
-import devices
 import engine
 import gvt
 import optim
+from precision import make_precision
 from state import MovingAverage, State
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def train(model, optimizer, steps, seed, amp="off"):
     torch.manual_seed(seed)
     batches = [(torch.randn(4, 3, 8, 8, generator=generator), torch.randint(4, (4,), generator=generator)) for _ in range(steps)]
     engine.train_one_epoch(model, lambda images, outputs, targets: nn.functional.cross_entropy(outputs, targets), batches, optimizer,
-                           CPU, 0, devices.make_precision(CPU, amp), 5.0, quiet=True)
+                           CPU, 0, make_precision(CPU, amp), 5.0, quiet=True)
 
 
 def through_a_file(content):
@@ -511,7 +511,7 @@ def training():
     model = small()
     optimizer, schedule, _ = optim.build(model, CPU, lr=1e-2, global_batch=512, epochs=10, sched="plateau")
     train(model, optimizer, 1, seed=1)
-    return State(model, optimizer, schedule, devices.make_precision(CPU, "fp16"), MovingAverage(model, 0.9), epoch=1).state_dict()
+    return State(model, optimizer, schedule, make_precision(CPU, "fp16"), MovingAverage(model, 0.9), epoch=1).state_dict()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -526,7 +526,7 @@ def test_a_state_with_anything_anywhere_is_taken_or_one_line(training, data):
     inner[where[-1]] = data.draw(ANYTHING)
     model = small()
     optimizer, schedule, _ = optim.build(model, CPU, lr=1e-2, global_batch=512, epochs=10, sched="plateau")
-    state = State(model, optimizer, schedule, devices.make_precision(CPU, "fp16"), MovingAverage(model, 0.9))
+    state = State(model, optimizer, schedule, make_precision(CPU, "fp16"), MovingAverage(model, 0.9))
     try:
         state.load_state_dict(saved)
     except ValueError as error:
