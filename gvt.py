@@ -17,6 +17,7 @@ from timm.models import register_notrace_function as traced_whole_function
 from timm.models import register_notrace_module as traced_whole
 from timm.models._features import feature_take_indices
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -80,7 +81,8 @@ class LocallyGroupedAttention(nn.Module):
         pad_h, pad_w = -H % size, -W % size
         rows, cols = (H + pad_h) // size, (W + pad_w) // size
         windows = partial(rearrange, pattern="b (rows i) (cols j) c -> (b rows cols) (i j) c", i=size, j=size)
-        if (pad_h or pad_w) and is_plain(self.qkv):  # a product of the padding, which may be most of the map, is its bias
+        if (pad_h or pad_w) and is_plain(self.qkv) and not is_transformed():
+            # the product of the padding, which may be most of the map, is the bias
             x = windows(PadWith.apply(self.qkv(x), self.qkv.bias, pad_h, pad_w))
         else:
             x = self.qkv(windows(F.pad(x, (0, 0, 0, pad_w, 0, pad_h)) if pad_h or pad_w else x))
@@ -118,6 +120,14 @@ class PadWith(torch.autograd.Function):
         padding[:, :H, :W] = 0
         # a product, since the sum over what is no piece of memory takes a CPU several times as long
         return grad[:, :H, :W], (padding.flatten() @ grad.flatten(0, 2)).to(ctx.dtype), None, None
+
+
+def is_transformed():
+    """Whether torch.func (vmap, grad, jvp) or forward mode differentiates: of a Function they ask more than ours give.
+
+    What torch.autograd.Function.apply itself asks; a setup_context instead costs each call 50 us.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_plain(layer):
@@ -231,7 +241,9 @@ class Block(nn.Module):
 
 @traced_whole_function
 def add_branch(x, branch, keep):
-    return x + branch if keep is None else AddScaled.apply(x, branch, keep)
+    if keep is None:
+        return x + branch
+    return torch.addcmul(x, branch, keep) if is_transformed() else AddScaled.apply(x, branch, keep)
 
 
 class AddScaled(torch.autograd.Function):
@@ -279,10 +291,11 @@ def call(module, *inputs):
     """module(*inputs). Under autocast its products' weights are cast together, instead of two launches for each.
 
     Of layers as they were built; what wraps, prunes or quantizes a layer keeps its tensors to itself. Any other call
-    than a training step of tensors (torch.compile's, a tracer's) is the module's own.
+    than a training step of tensors (torch.compile's, torch.func's, a tracer's) is the module's own.
     """
     x = inputs[0]
-    if not isinstance(x, torch.Tensor) or not autocasts(x) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if (not isinstance(x, torch.Tensor) or not autocasts(x) or not torch.is_grad_enabled() or torch.compiler.is_compiling()
+            or is_transformed()):
         return module(*inputs)
     weights = {f"{prefix}.{name}" if prefix else name: weight for prefix, layer in module.named_modules()
                if type(layer) in (nn.Linear, PatchConv2d, DepthwiseConv2d)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from test_gvt import SHALLOW, TIMMS, images, largest_error, pair, randomise
 from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parametrize, prune
 from torchvision.models.feature_extraction import NodePathTracer, create_feature_extractor, get_graph_node_names
 
@@ -191,6 +193,41 @@ def test_fx_traces_train(rate):
     assert torch.equal(out, model(x))
     out.mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_of_each_image_are_those_of_the_image_alone(autocast):
+    """torch.func's per-sample gradients, at a size whose windows are padded."""
+    model = timm.create_model("alt_gvt_small", **ONE).eval()
+    x, weights = images(3, 64, 64), dict(model.named_parameters())
+
+    def loss(weights, image):
+        return functional_call(model, weights, image[None]).float().square().sum()
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = vmap(grad(loss), (None, 0))({name: weight.detach() for name, weight in weights.items()}, x)
+        alone = [torch.autograd.grad(loss(weights, image), list(weights.values())) for image in x]
+    found, alone = (torch.cat([gradient.flatten() for gradient in gradients])
+                    for gradients in (found.values(), map(torch.stack, zip(*alone))))
+    assert torch.linalg.vector_norm(found - alone) / torch.linalg.vector_norm(alone) <= (0.03 if autocast else 1e-5)
+
+
+def test_torch_func_and_forward_mode_train_with_drop_path():
+    """A derivative along a direction is the gradient's product with it; both draw the same drop paths."""
+    model = timm.create_model("alt_gvt_small", drop_path_rate=0.5, fused_attn=False, **SHALLOW).double().train()
+    x, direction = images(2, 64, 64).double(), images(2, 64, 64).double().flip(0)
+
+    def loss(x):
+        torch.manual_seed(1)
+        return model(x).square().sum()
+
+    x.requires_grad_()
+    gradient, = torch.autograd.grad(loss(x), x)
+    with forward_ad.dual_level():
+        along = forward_ad.unpack_dual(loss(forward_ad.make_dual(x.detach(), direction))).tangent
+    assert torch.allclose(grad(loss)(x.detach()), gradient)
+    assert torch.allclose(jvp(loss, (x.detach(),), (direction,))[1], (gradient * direction).sum())
+    assert torch.allclose(along, (gradient * direction).sum())
 
 
 @pytest.mark.parametrize("strict", [False, True])
