@@ -29,24 +29,6 @@ def asked_for(argv):
     return "cuda" if name in ("gpu", "gp") else name
 
 
-def explain_import(error):
-    """What to do about a failed `import torch`, in one line."""
-    text = f"{error} {error.__cause__ or ''} {error.__context__ or ''}"
-    if "libhccl" in text or "libascendcl" in text or "libge_" in text or "libgraph" in text:
-        return ("torch_npu finds no CANN: source /usr/local/Ascend/ascend-toolkit/set_env.sh (CANN 8.5 and later: "
-                "/usr/local/Ascend/cann/set_env.sh), or train without an NPU: --device cpu")
-    if "torch_npu" in text:
-        reason = str(error.__cause__ or error).strip().splitlines()[-1]
-        return (f"torch_npu does not load ({reason}): torch and torch_npu must have the same version and torch must be "
-                "a CPU-only build; or train without an NPU: --device cpu")
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if "torch" in sys.modules and "torchvision" in text:
-        torch, found = sys.modules["torch"].__version__, versions.installed("torchvision")
-        return (f"torchvision {found or ''} does not load beside torch {torch} ({reason}): it must be torch's own, in version and kind: "
-                f"{versions.install(torch, not versions.cuda_build())}" + (" --force-reinstall --no-deps" if found else ""))
-    return f"torch does not load ({reason}): pip install -r requirements.txt"
-
-
 if asked_for(sys.argv) in ("cpu", "cuda"):
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 # CPU threads that spin while they wait make a step 10 times as long where another process has one of the cores.
@@ -55,7 +37,7 @@ try:
     import torch
     import torchvision  # noqa: F401  another build's does not load, and timm and the data would be the first to meet it
 except (ImportError, RuntimeError, OSError, AttributeError) as error:
-    raise ImportError(explain_import(error)) from error
+    raise ImportError(versions.explain_import(error)) from error
 
 import numpy as np
 import torch.distributed as dist
@@ -210,6 +192,16 @@ def init_distributed_mode(asked="auto"):
         except Exception as error:
             raise explain(error) from error
     return Ranks(device, env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"])
+
+
+def leave_the_others():
+    """End the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        # gloo's thread may still wait for the interpreter, to free what it reduced last, and the group's end waits for the thread:
+        # for ever in torch 2.7, which keeps the interpreter locked. Gloo's own object lets go of it, so that must be the last to end.
+        gloo = dist.group.WORLD._get_backend(torch.device("cpu"))
+        dist.destroy_process_group()
+        del gloo
 
 
 # What the store and gloo say on a rank whose peer, or torchrun's own process, has ended

@@ -22,8 +22,7 @@ class NonFiniteEvaluation(ArithmeticError):
 
 def add_over_ranks(values):
     """Sums of host numbers over all ranks, in double precision."""
-    # it stays alive: torch 2.7 waits for gloo's thread, with the interpreter locked, while that thread frees a Python tensor
-    totals = add_over_ranks.last = torch.tensor(values, dtype=torch.float64)
+    totals = torch.tensor(values, dtype=torch.float64)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(totals)
     return totals.tolist()

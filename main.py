@@ -460,8 +460,7 @@ def run(argv=None):
     except Exception as error:
         return complain(error, training="train_one_epoch" in "".join(traceback.format_exception(error)))
     finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        devices.leave_the_others()
 
 
 if __name__ == "__main__":

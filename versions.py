@@ -5,6 +5,7 @@
 import importlib.metadata
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 CPU_INDEX = "<PyTorch's CPU index>"  # its URL stands in PyTorch's own install instructions
@@ -72,6 +73,24 @@ def misfit(torchvision_requires, torch):
         if requirement.name == "torch" and not requirement.specifier.contains(plain(torch), prereleases=True):
             return str(requirement.specifier)
     return None
+
+
+def explain_import(error):
+    """What to do about a failed `import torch` or `import torchvision`, in one line."""
+    text = f"{error} {error.__cause__ or ''} {error.__context__ or ''}"
+    if "libhccl" in text or "libascendcl" in text or "libge_" in text or "libgraph" in text:
+        return ("torch_npu finds no CANN: source /usr/local/Ascend/ascend-toolkit/set_env.sh (CANN 8.5 and later: "
+                "/usr/local/Ascend/cann/set_env.sh), or train without an NPU: --device cpu")
+    if "torch_npu" in text:
+        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+        return (f"torch_npu does not load ({reason}): torch and torch_npu must have the same version and torch must be "
+                "a CPU-only build; or train without an NPU: --device cpu")
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "torch" in sys.modules and "torchvision" in text:
+        torch, found = sys.modules["torch"].__version__, installed("torchvision")
+        return (f"torchvision {found or ''} does not load beside torch {torch} ({reason}): it must be torch's own, in version and kind: "
+                f"{install(torch, not cuda_build())}" + (" --force-reinstall --no-deps" if found else ""))
+    return f"torch does not load ({reason}): pip install -r requirements.txt"
 
 
 def constraints():

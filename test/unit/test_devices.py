@@ -107,25 +107,6 @@ def test_an_unknown_failure_stays_what_it_is():
     assert devices.explain(error) is error
 
 
-def caused(message, cause):
-    error = RuntimeError(message)
-    error.__cause__ = cause
-    return error
-
-
-AUTOLOAD = "Failed to load the backend extension: torch_npu. You can disable extension auto-loading with TORCH_DEVICE_BACKEND_AUTOLOAD=0."
-
-
-@pytest.mark.parametrize("error, remedy", [
-    (caused(AUTOLOAD, ImportError("libhccl.so: cannot open shared object file")), "torch_npu finds no CANN: source "),
-    (ImportError("libascendcl.so: cannot open shared object file"), "torch_npu finds no CANN: source "),
-    (caused(AUTOLOAD, ImportError("undefined symbol: _ZN3c10")),
-     "torch_npu does not load (undefined symbol: _ZN3c10): torch and torch_npu must have the same version"),
-    (ModuleNotFoundError("No module named 'torch'"), "torch does not load (No module named 'torch'): pip install -r requirements.txt")])
-def test_a_failed_import_is_said_with_its_remedy(error, remedy):
-    assert devices.explain_import(error).startswith(remedy)
-
-
 @pytest.fixture(scope="module")
 def broken_backend(tmp_path_factory):
     """A torch_npu that torch loads by itself and that finds no CANN."""
