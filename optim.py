@@ -232,7 +232,8 @@ def kind_named(opt):
 def load_state(optimizer, state, model=None, order=None, opt=None):
     """Take a saved state: by its parameters' names, or, where it has none, by `order`, the saved model's names in their order.
 
-    opt: the --opt that it was saved under, where the state does not say its kind.
+    opt: the --opt that it was saved under, where the state does not say its kind. Where nothing does, what AdamW keeps is taken
+    for AdamW's, which is what upstream trains with, and anything else for the running optimizer's. -> notes, one line each
 
     Raises ValueError where it is of other parameters, of another kind of optimizer, or of other shapes. The state is moments
     and steps: rates, decay and betas stay the running optimizer's, as its options say. Before the first step: torch_npu's
@@ -254,10 +255,15 @@ def load_state(optimizer, state, model=None, order=None, opt=None):
     if sorted(map(str, saved_names)) != sorted(map(str, own_names)) or len(positions) != len(saved_names):
         raise ValueError(f"{other}? It has {len(positions)}, and the model {len(own_names)}")
     entries = {name: state["state"][i] for name, i in zip(saved_names, positions) if i in state["state"]}
-    if (saved_kind := state.get("kind") or kind_named(opt) or kind_of(optimizer)) != kind_of(optimizer):
-        raise ValueError(f"the checkpoint's optimizer is of another kind, {saved_kind}, not {kind_of(optimizer)} (--opt); its weights "
-                         "alone start a new training: --finetune FILE")
+    own_kind, saved_kind, notes = kind_of(optimizer), state.get("kind") or (opt and kind_named(opt)), []
+    if not saved_kind and entries:
+        saved_kind = "AdamW" if all(entry.keys() == {"step", "exp_avg", "exp_avg_sq"} for entry in entries.values()) else own_kind
+        notes = [f"the checkpoint does not say its optimizer's kind: by what it keeps it is taken for {saved_kind}"]
+    if saved_kind and saved_kind != own_kind:
+        raise ValueError(f"the checkpoint's optimizer is of another kind, {saved_kind}{' by what it keeps' if notes else ''}, not "
+                         f"{own_kind} (--opt); its weights alone start a new training: --finetune FILE")
     load_entries(optimizer, own, entries, own_names, state)
+    return notes
 
 
 def load_entries(optimizer, own, entries, names, state):

@@ -76,12 +76,11 @@ class State:
 
         -> notes, one line each, of what this run leaves as it is. Raises ValueError where a part does not fit.
         """
-        notes = []
         settings = saved.get("options", saved.get("args"))
         settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
         opt = settings.get("opt") if isinstance(settings, dict) else None
-        optim.load_state(self.optimizer, saved["optimizer"], self.net, list(checkpoint.model_state(saved, path, ema=False)),
-                         opt if isinstance(opt, str) else None)
+        notes = optim.load_state(self.optimizer, saved["optimizer"], self.net, list(checkpoint.model_state(saved, path, ema=False)),
+                                 opt if isinstance(opt, str) else None)
         schedule, scaler = part(saved, "schedule"), part(saved, "scaler") or part(saved, "amp")
         self.schedule.load_state_dict(schedule)
         self.precision.load_state_dict(scaler)

@@ -153,7 +153,8 @@ def test_upstreams_moments_find_their_parameters(upstream):
     model = gvt.alt_gvt_small(num_classes=3)
     model.load_state_dict(saved["model"])
     ours = build(model)
-    optim.load_state(ours, through_a_file(saved["optimizer"]), model, list(saved["model"]))
+    notes = optim.load_state(ours, through_a_file(saved["optimizer"]), model, list(saved["model"]))
+    assert notes == ["the checkpoint does not say its optimizer's kind: by what it keeps it is taken for AdamW"]
     by_name = {name: ours.state[p] for name, p in model.named_parameters()}
     for name, parameter in upstream[0].named_parameters():
         for key in ("exp_avg", "exp_avg_sq"):
@@ -173,7 +174,7 @@ def test_positions_are_read_in_one_group_or_two_whatever_the_weight_decay_now(up
 
 
 def test_a_state_of_ours_without_names_still_resumes():
-    """As our checkpoints were before they had names, and integer steps were floats in tensors."""
+    """As our checkpoints were before they had names, and integer steps were floats in tensors; their options say --opt."""
     straight = small()
     optimizer = build(straight, "radamlegacy")
     train(straight, optimizer, 3, seed=1)
@@ -184,7 +185,7 @@ def test_a_state_of_ours_without_names_still_resumes():
     resumed = small(seed=9)
     resumed.load_state_dict(saved["model"])
     other = build(resumed, "radamlegacy")
-    optim.load_state(other, saved["optimizer"], resumed, list(saved["model"]))
+    assert optim.load_state(other, saved["optimizer"], resumed, list(saved["model"]), "radamlegacy") == []
     assert {type(entry["step"]) for entry in other.state.values()} == {int}
     train(resumed, other, 3, seed=2)
     nearly_equal(straight, resumed, rtol=0, atol=0)
@@ -219,12 +220,23 @@ def test_adamws_state_under_another_optimizer_is_one_line(now, said_by):
     optimizer = build(model)
     train(model, optimizer, 1, seed=1)
     state = optim.portable_state(optimizer, model) if said_by == "kind" else optimizer.state_dict()
-    if said_by == "keys" and now in ("adam", "adamp", "radam", "lookahead_adamw", "nadamw", "lamb"):
-        return  # these keep what AdamW keeps
     with pytest.raises(ValueError, match=r"^the checkpoint's optimizer is of another kind.*--opt") as caught:
         optim.load_state(build(model, now), copy.deepcopy(state), model, list(model.state_dict()),
                          "adamw" if said_by == "options" else None)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("opt, kind", [("momentum", "SGD"), ("lion", "Lion")])
+def test_a_state_that_does_not_say_its_kind_is_the_running_optimizers_where_only_that_keeps_the_same(opt, kind):
+    model = small()
+    optimizer = build(model, opt)
+    train(model, optimizer, 1, seed=1)
+    fresh = build(model, opt)
+    notes = optim.load_state(fresh, through_a_file(optimizer.state_dict()), model, list(model.state_dict()))
+    assert notes == [f"the checkpoint does not say its optimizer's kind: by what it keeps it is taken for {kind}"]
+    for parameter in model.parameters():
+        for key, value in optimizer.state[parameter].items():
+            assert torch.equal(fresh.state[parameter][key], value), key
 
 
 def spoil(state, what):
