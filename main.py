@@ -310,7 +310,7 @@ def recipe(args, ranks, precision, peak_lr, optimizer, schedule, net, train_load
                                f"{rates[0]:.6g} in epoch {start_epoch}, highest {rates[highest]:.6g} in epoch {epochs[highest]}, "
                                f"{rates[-1]:.6g} in epoch {epochs[-1]}"
                                f"{', as long as the accuracy rises' if args.sched == 'plateau' else ''}"),
-        f"  epochs         {args.epochs}, drop path {args.drop_path}",
+        f"  epochs         {args.epochs}, drop path {networks.drop_path_of(net)}",
         f"  augmentation   {args.aa}, mixup {args.mixup}, cutmix {args.cutmix}, smoothing {args.smoothing}, erasing {args.reprob}",
         *(f"warning: {doubt}" for doubt in options.doubts(args, peak_lr, iterations)),
     ])
@@ -426,10 +426,11 @@ def complain(error, training):
     else:
         traceback.print_exception(error)
         return 1
-    local_rank = os.environ.get("LOCAL_RANK", "0").strip("0")  # as it stands: it may be what is wrong
+    rank = os.environ.get("RANK")  # both as they stand: they may be what is wrong. Without a rank nobody else will say it
+    local_rank = os.environ.get("LOCAL_RANK", "").strip("0") if rank else ""
     if (local_rank.isdigit() or isinstance(error, devices.LostConnection)) and not training:
         time.sleep(10)  # every rank knows the same: let the first one say it, and torchrun end the others
-    print(f"error: {text}" if not local_rank else f"error (rank {os.environ.get('RANK')}): {text}", file=sys.stderr, flush=True)
+    print(f"error: {text}" if not local_rank else f"error (rank {rank}): {text}", file=sys.stderr, flush=True)
     return status
 
 

@@ -3,8 +3,9 @@ import re
 
 import timm
 import torch
+from timm.layers import DropPath
 
-import gvt  # noqa: F401  registers the models
+import gvt
 import transforms
 from checkpoint import first_line
 from options import MODELS
@@ -50,6 +51,13 @@ def heads(config):
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+def drop_path_of(net):
+    """The highest rate of drop path in a network, 0.0 where it has none."""
+    if isinstance(net, gvt.Twins):
+        return net.drop_path_rate
+    return round(max((layer.drop_prob for layer in net.modules() if isinstance(layer, DropPath)), default=0.0), 6)
+
+
 def create(name, num_classes, input_size, *, pretrained=False, drop=0.0, drop_path=0.0, grad_checkpointing=False, distilled=False,
            option="--model", **ours):
     """-> network, notes: what it does not have of what was asked for. Raises ValueError where it cannot be trained so.
@@ -78,8 +86,8 @@ def create(name, num_classes, input_size, *, pretrained=False, drop=0.0, drop_pa
                                  "give them as a file") from error
             raise ValueError(f"{option} {name}: it cannot be built for images of {input_size} pixels ({first_line(error)}): "
                              f"its own size is --input-size {own_size(config)}") from error
-    notes = [f"--{word} {value} has no effect: {name} has none" for word, value, argument in (
-        ("drop", drop, "drop_rate"), ("drop-path", drop_path, "drop_path_rate")) if value and argument in lacks]
+    notes = [f"--{word} {value} has no effect: {name} has none" for word, value, missing in (
+        ("drop", drop, "drop_rate" in lacks), ("drop-path", drop_path, not drop_path_of(net))) if value and missing]
     if grad_checkpointing:
         try:
             net.set_grad_checkpointing()

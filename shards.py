@@ -461,7 +461,7 @@ class ShardedImages(Dataset):
         self.run = run_length(self.targets)
         self.notes = [spread(f"{shown(folder.name)}/", self.classes, np.bincount(self.targets, minlength=len(self.classes)))]
         if scanned:
-            self.notes.append(f"{shown(folder)} has no index: its {len(self.shards)} shards were read from header to header; "
+            self.notes.append(f"{shown(folder)} has no index: every shard ({len(self.shards)}) was read from header to header; "
                               f"{remedy(folder)} does it once")
         self.notes += [f"{shown(folder.name)}/ {text}" for text in left_out(index)]
         if self.run == 1:

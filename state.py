@@ -86,6 +86,7 @@ class State:
         self.precision.load_state_dict(scaler)
         if scaler and not self.precision.state_dict():
             self.kept["scaler"] = scaler
+            notes.append(f"{path} has a loss scaler, and {self.precision.name} needs none: it is kept as it is")
         if self.average is not None:
             notes += self.load_average(saved, path)
         elif part(saved, "model_ema"):

@@ -181,6 +181,27 @@ def test_the_recipe_is_printed_as_it_is_used(trained):
     assert trained.out.count("Recipe") == 1
 
 
+@pytest.mark.parametrize("model, rate", [(TWINS, 0.2), ("--model=test_vit", 0.2), (SMALL, 0.2), ("--model=ghostnet_050", 0.0)])
+def test_the_recipe_tells_the_drop_path_of_the_network(works, model, rate):
+    done = works(model, "--drop-path=0.2", "--max_step=1", "--no-eval", "--input-size=64", "--batch-size=2")
+    assert re.search(r"epochs +300, drop path (\S+)\n", done.out)[1] == str(rate)
+    assert ("--drop-path 0.2 has no effect" in done.out) == (not rate)
+
+
+@pytest.mark.parametrize("environment, said", [
+    (dict(LOCAL_RANK="3"), "error: "), (dict(LOCAL_RANK="3", RANK="11"), "error (rank 11): "), (dict(LOCAL_RANK="0", RANK="8"), "error: ")])
+def test_who_says_a_mistake(monkeypatch, capsys, environment, said):
+    """A card's number alone, as a scheduler sets it, makes no rank: nobody else would say it first."""
+    waited = []
+    monkeypatch.setattr(main.time, "sleep", waited.append)
+    for name in ("LOCAL_RANK", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main.complain(devices.DeviceError("no card"), training=False) == 1
+    assert capsys.readouterr().err == f"{said}no card\n" and bool(waited) == ("rank" in said)
+
+
 def test_the_log_lines_are_the_conventional_ones(trained):
     lines = epoch_lines(trained.out)
     assert [(int(line["epoch"]), int(line["step"]), int(line["total"])) for line in lines] == [
@@ -492,7 +513,8 @@ def test_a_resume_without_the_average_or_the_scaler_keeps_them_and_says_so(works
     before = load(tmp_path / "checkpoint.pth")
     assert before["scaler"]["_growth_tracker"] == 3
     done = works(*words, "--epochs=2", "--amp=off")
-    assert "note: " in done.out and "has a moving average: without --model-ema it is kept as it is, and not moved" in done.out
+    assert "has a moving average: without --model-ema it is kept as it is, and not moved\n" in done.out
+    assert f"note: {tmp_path}/checkpoint.pth has a loss scaler, and fp32 needs none: it is kept as it is\n" in done.out
     between = load(tmp_path / "checkpoint.pth")
     assert_close(between["model_ema"], before["model_ema"], rtol=0, atol=0)
     assert between["scaler"] == before["scaler"] and between["better"] == "model"

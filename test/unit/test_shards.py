@@ -376,8 +376,9 @@ EXPECTED = [(i, i % 3) for i in range(12)]
 def test_shards_without_an_index_are_read_and_it_is_said_once(numbered, command, run_main):
     assert content_of(numbered) == EXPECTED
     count = "train/: 12 images in 3 classes, from 4 (0) to 4 (0) a class"
-    assert ShardedImages(shards.find(numbered)).notes == [count, f"{numbered} has no index: its 2 shards were read from header to header; "
-                                                          f"python datasets.py index {numbered.parent} does it once"]
+    remedy = f"python datasets.py index {numbered.parent} does it once"
+    assert ShardedImages(shards.find(numbered)).notes == [
+        count, f"{numbered} has no index: every shard (2) was read from header to header; {remedy}"]
     assert "train: 12 images of 3 classes in 2 shards\n" in command("index", numbered.parent)
     assert content_of(numbered) == EXPECTED and ShardedImages(shards.find(numbered)).notes == [count]
 
@@ -794,7 +795,7 @@ def test_one_split_is_enough(tiny_folder, tmp_path, command):
     shutil.copytree(tiny_folder / "train", tmp_path / "data" / "train")
     assert command("shards", tmp_path / "data", tmp_path / "tars") == "train: 24 images of 3 classes\n"
     assert os.listdir(tmp_path / "tars") == ["train"]
-    assert command("index", tmp_path / "tars") == "train: 24 images of 3 classes in 1 shards\n"
+    assert command("index", tmp_path / "tars") == "train: 24 images of 3 classes in 1 shard\n"
     (tmp_path / "empty").mkdir()
     for words in (("shards", tmp_path / "empty", tmp_path / "new"), ("index", tmp_path / "empty")):
         with pytest.raises(SystemExit) as caught:
