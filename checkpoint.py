@@ -5,12 +5,14 @@ best_accuracy, options, classes, preprocessing}. It reads with weights_only on a
 """
 import argparse
 import codecs
+import contextlib
 import hashlib
 import os
 import pathlib
 import pickle
 import re
 import shutil
+import socket
 import tempfile
 import urllib.parse
 import zipfile
@@ -27,10 +29,9 @@ LAST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 
 
 def to_host(value):
-    """The same nested value with detached CPU tensors, each with a storage no larger than itself."""
+    """The same nested value with detached CPU tensors in memory of their own: whoever trains on does not change them."""
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+        return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: to_host(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -38,21 +39,33 @@ def to_host(value):
     return value
 
 
-def save(path, **content):
-    """Write `content` to a temporary file beside `path`, then rename it: there is always one whole file.
+@contextlib.contextmanager
+def replacing(path):
+    """A file that is open for writing, and gets the name `path` once it is whole and on the disk.
 
-    The temporary file has one name, so that what a killed run leaves is written over, not added to.
+    Until then its name is of this process alone: two that write at once end with the file of one of them, not with a mixture.
     """
     path = Path(path)
-    made = path.with_name(f".{path.name}.tmp")
+    made = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with open(made, "wb") as file:
-            torch.save(to_host(content), file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(made, path)
     finally:
         made.unlink(missing_ok=True)
+
+
+def save(path, **content):
+    """Write `content` so that there is always one whole file at `path`, the old one or the new one."""
+    write(path, to_host(content))
+
+
+def write(path, content):
+    """`save` of what is on the host already."""
+    with replacing(path) as file:
+        torch.save(content, file)
 
 
 class Foreign:

@@ -8,6 +8,7 @@
 
 Exit status: 0 done, 2 something is wrong with what was asked for, 3 the loss was not finite, 1 anything else.
 """
+import contextlib
 import math
 import os
 import re
@@ -34,6 +35,7 @@ import checkpoint
 import datasets
 import decode
 import engine
+import keeper
 import labels
 import loaders
 import losses
@@ -195,12 +197,22 @@ def named(error, epoch, dataset, ranks):
     return engine.NonFiniteLoss(epoch, first, [name for step, names in found if step == first for name in names])
 
 
-def prepare_output(folder, args, saved_path, start_epoch):
-    moved = checkpoint.prepare_folder(folder, saved_path, auto=args.resume == "auto" and saved_path is not None)
+def open_output(args, ranks, say):
+    """The Keeper of the folder that this run saves into, with its folder locked, for a `with`. None in it where nothing is saved:
+    of an evaluation, without --output_dir, and on all ranks but the first."""
+    saves = args.output_dir and not (args.eval or args.throughout)
+    output = keeper.Keeper(args.output_dir, say) if saves and ranks.is_main else None
+    all_agree(ranks, lambda: output and output.open())
+    return output or contextlib.nullcontext()
+
+
+def prepare_output(output, args, saved_path, start_epoch):
+    """-> the new names of an earlier run's files"""
+    moved, log = output.prepare(saved_path, auto=args.resume == "auto" and saved_path is not None), output.folder / "log.txt"
     try:
-        utils.keep_epochs_before(folder / "log.txt", start_epoch)
+        utils.keep_epochs_before(log, start_epoch)
     except OSError as error:
-        raise ValueError(f"{folder / 'log.txt'} cannot be written ({error.strerror}): choose another --output_dir") from error
+        raise ValueError(f"{log} cannot be written ({error.strerror}): choose another --output_dir") from error
     return moved
 
 
@@ -319,7 +331,14 @@ def recipe(args, ranks, precision, peak_lr, optimizer, schedule, net, train_load
 def main(args):
     """One run. args: as options.parse gives them; nothing changes them."""
     ranks = devices.init_distributed_mode(args.device)
-    device, say = ranks.device, partial(print, flush=True) if ranks.is_main else (lambda *_: None)
+    say = partial(print, flush=True) if ranks.is_main else (lambda *_: None)
+    with open_output(args, ranks, say) as output:
+        run_in(output, args, ranks, say)
+
+
+def run_in(output, args, ranks, say):
+    """The run of `main`. output: the Keeper of its folder, or None"""
+    device = ranks.device
     devices.set_tensor_float(device, args.fp32, args.hf32)
     devices.seed_everything(args.seed)  # the same weights everywhere
     for note in options.notes(args, device.type):
@@ -361,12 +380,12 @@ def main(args):
         if args.sched == "plateau":
             say(f"plateau goes on at {run.optimizer.param_groups[0]['lr']:g}")
     train_epoch = build_epoch(args, ranks, run, train_loader, numbering, preprocessing, say)
-    folder = Path(args.output_dir) if args.output_dir and ranks.is_main else None
-    moved = all_agree(ranks, lambda: prepare_output(folder, args, saved_path, run.epoch + 1) if folder else [])
+    moved = all_agree(ranks, lambda: output and prepare_output(output, args, saved_path, run.epoch + 1))
     if moved:
-        say(f"An earlier run's files in {folder} are now {', '.join(moved)}")
+        say(f"An earlier run's files in {output.folder} are now {', '.join(moved)}")
     say(recipe(args, ranks, precision, peak_lr, run.optimizer, run.schedule, run.net, train_loader, run.epoch + 1, preprocessing))
     beside = dict(options=vars(args), classes=numbering.names, named=numbering.named, preprocessing=preprocessing.save())
+    folder = output and output.folder
     if folder and saved and checkpoint.epoch_of(folder / checkpoint.LAST) < run.epoch:  # its last save had failed
         checkpoint.save(folder / checkpoint.LAST, **run.state_dict(), **beside)
     if run.epoch + 1 >= args.epochs:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
 from safetensors.torch import save_file
+from test_keeper import hold
 from test_utils import EPOCH_LINE
 from torchvision import datasets, transforms
 
@@ -1135,3 +1136,17 @@ def test_two_ranks_end_with_one_line_where_the_first_cannot_write_the_output_fol
     assert done.returncode != 0 and errors == [f"error: --output_dir {tmp_path / 'file' / 'run'} cannot be written (Not a directory): "
                                                "choose another folder"]
     assert "Epoch:" not in done.stdout and (tmp_path / "file").read_text() == "no folder"
+
+
+def test_a_second_run_in_a_folder_ends_with_one_line_on_all_ranks_and_changes_nothing(start, run_ranks, data, place):
+    with hold(place / "run") as other:
+        before = files(place)
+        for done in (start(SMALL, "--output_dir", place / "run"), run_ranks(2, *usual(data), SMALL, "--output_dir", place / "run")):
+            errors = [line for line in (getattr(done, "err", "") or done.stderr).splitlines() if line.startswith("error")]
+            assert len(errors) == 1 and f"--output_dir {place}/run is in use by another run (process {other.pid} on" in errors[0]
+            assert getattr(done, "status", 2) == 2 and files(place) == before
+        assert re.search(r"exitcode +: 2", done.stderr) and done.returncode == 1
+        assert start(SMALL, "--eval", "--resume", place / "run" / "checkpoint.pth", "--output_dir", place / "run").status == 0
+        other.kill()
+    assert start(SMALL, "--epochs=1", "--output_dir", place / "run").status == 0
+    assert not (place / "run" / ".lock").exists()
