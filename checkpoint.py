@@ -23,6 +23,11 @@ import torch
 import torch.hub
 from safetensors.torch import load_file
 
+
+class NoCheckpoint(ValueError):
+    """A folder has no checkpoint at all, not even a damaged one."""
+
+
 # What DDP and SWA, torch.compile, Lightning and OpenMMLab put before every name
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.")
 LAST, BEST = "checkpoint.pth", "checkpoint_best.pth"
@@ -257,8 +262,11 @@ def adapt_head(model, state, head="head", anew=False):
     return {**{k: v for k, v in state.items() if not k.startswith(of_heads)}, **fresh}, state[keys[0]].shape[0]
 
 
-def find_newest(folder):
-    """The whole checkpoint of the latest epoch in `folder`, and its content. Raises ValueError where there is none."""
+def find_newest(folder, note=lambda text: None):
+    """The whole checkpoint of the latest epoch in `folder`, and its content. note: is told of each that is damaged, and why.
+
+    Raises ValueError where none is whole, NoCheckpoint where there is none.
+    """
     found, damaged = [], []
     for path in (Path(folder, name) for name in (LAST, BEST)):
         try:
@@ -266,7 +274,9 @@ def find_newest(folder):
         except ValueError as error:
             damaged.append(str(error))
     if not found:
-        raise ValueError(damaged[0] if damaged else f"--resume auto: no {LAST} in {folder}")
+        raise ValueError(damaged[0]) if damaged else NoCheckpoint(f"--resume auto: no {LAST} in {folder}")
+    for text in damaged:
+        note(text)
     return max(found, key=lambda pair: epoch_in(pair[1]))  # of equals the last one
 
 

@@ -1,8 +1,8 @@
 """Train, fine-tune or evaluate Twins: what is one run?
 
-    python main.py --data-path /data/imagenet --output_dir output/run          # one card, or the CPU
+    python main.py --data-path /data/imagenet --output_dir output/run          # one card, or the CPU; nothing said: into alt_gvt_small/
     torchrun --nproc_per_node=8 main.py --data-path /data/imagenet --dist-eval --output_dir output/run
-    python main.py --resume auto --output_dir output/run --data-path /data/imagenet
+    python main.py --resume auto --output_dir output/run --data-path /data/imagenet   # starts, and starts again where it was
     python main.py --finetune alt_gvt_small.pth --data-path /data/other --epochs 10 --output_dir output/other
     python main.py --eval --resume alt_gvt_small.pth --data-path /data/imagenet
 
@@ -127,12 +127,18 @@ def read_class_map(args):
     return labels.read_class_map(args.class_map) if args.class_map else None
 
 
-def read_weights(args):
-    """What --finetune or --resume name: (content, path); (None, None) for neither."""
+def read_weights(args, say):
+    """What --finetune or --resume name: (content, path); (None, None) for neither, and for a training before its first checkpoint."""
     path = options.finetune_file(args) or options.resume_file(args)
-    if path == "auto":
-        return checkpoint.find_newest(args.output_dir)[::-1]
-    return (checkpoint.read(path), path) if path else (None, None)
+    if path != "auto":
+        return (checkpoint.read(path), path) if path else (None, None)
+    try:
+        return checkpoint.find_newest(options.output_folder(args), lambda text: say(f"note: {text}"))[::-1]
+    except checkpoint.NoCheckpoint as error:
+        if args.eval or args.throughout:
+            raise
+        say(f"{error}: the training starts from the beginning")
+        return None, None
 
 
 def number_classes(args, dataset_list, classes, content, path):
@@ -144,7 +150,7 @@ def number_classes(args, dataset_list, classes, content, path):
     elif args.pretrained:
         weights = labels.Weights(f"--pretrained {args.model}", config.get("num_classes"), config.get("label_names"))
     use = ("evaluate" if args.eval else "measure" if args.throughout else
-           "resume" if options.resume_file(args) else "finetune" if weights else "train")
+           "resume" if path and options.resume_file(args) else "finetune" if weights else "train")
     named = all(getattr(dataset, "named", True) for dataset in dataset_list)
     found = labels.decide(classes, weights, read_class_map(args), use, named=named)
     for dataset in dataset_list:
@@ -200,8 +206,9 @@ def named(error, epoch, dataset, ranks):
 def open_output(args, ranks, say):
     """The Keeper of the folder that this run saves into, with its folder locked, for a `with`. None in it where nothing is saved:
     of an evaluation, without --output_dir, and on all ranks but the first."""
-    saves = args.output_dir and not (args.eval or args.throughout)
-    output = keeper.Keeper(args.output_dir, say) if saves and ranks.is_main else None
+    folder = options.output_folder(args)
+    saves = folder and ranks.is_main and not (args.eval or args.throughout)
+    output = keeper.Keeper(folder, say) if saves else None
     all_agree(ranks, lambda: output and output.open())
     return output or contextlib.nullcontext()
 
@@ -344,7 +351,7 @@ def run_in(output, args, ranks, say):
     for note in options.notes(args, device.type):
         say(f"note: {note}")
 
-    content, path = read_weights(args)
+    content, path = read_weights(args, say)
     preprocessing = preprocessing_of(args, content, path)
     if preprocessing != transforms.TWINS:
         say(f"note: images are not prepared as Twins' are, but with {preprocessing}")
@@ -383,6 +390,7 @@ def run_in(output, args, ranks, say):
     moved = all_agree(ranks, lambda: output and prepare_output(output, args, saved_path, run.epoch + 1))
     if moved:
         say(f"An earlier run's files in {output.folder} are now {', '.join(moved)}")
+    say(f"Checkpoints and log.txt go to {output.folder}" if output else "warning: --output_dir is empty: nothing of this training is saved")
     say(recipe(args, ranks, precision, peak_lr, run.optimizer, run.schedule, run.net, train_loader, run.epoch + 1, preprocessing))
     beside = dict(options=vars(args), classes=numbering.names, named=numbering.named, preprocessing=preprocessing.save())
     folder = output and output.folder

@@ -27,10 +27,10 @@ OPTIONS = {
         ("--batch-size",           64,              int,   "images a card",     "deit",  "batch of one card and one accumulation step"),
         ("--epochs",               300,             int,   "epochs",            "deit",  "length of the schedule and of the training"),
         ("--max_step",             0,               int,   "iterations",        "ascend", "end this run normally after so many iterations; an epoch cut so is not done; 0: no limit"),
-        ("--output_dir",           "",              str,   "folder",            "deit",  "where checkpoints and log.txt go; empty: nothing is saved"),
+        ("--output_dir",           None,            str,   "folder",            "deit",  "where checkpoints and log.txt go; nothing said: a folder with the model's name; '': nothing is saved"),
         ("--device",               "auto",          str,   "npu|cuda|gpu|cpu|auto", "deit", "auto: npu, else cuda, else cpu; npu:3 picks a card"),
         ("--seed",                 0,               int,   None,                "deit",  "seed of weights, augmentation, noise and the order of images (upstream's order is always seed 0's)"),
-        ("--resume",               "",              str,   "file|auto",         "deit",  "go on from a checkpoint, also an https:// address; auto: the newest one in --output_dir"),
+        ("--resume",               "",              str,   "file|auto",         "deit",  "go on from a checkpoint, also an https:// address; auto: the newest good one in --output_dir; while there is none, from the beginning"),
         ("--start_epoch",          0,               int,   "epoch",             "deit",  "first epoch, where no checkpoint says it"),
         ("--finetune",             "",              str,   "file",              "deit",  "start from these weights (a file, an https:// address) at epoch 0; another number of classes gets a new head"),
         ("--pretrained",           False,           SWITCH, None,               "timm",  "start from timm's published weights (downloads them)"),
@@ -214,6 +214,11 @@ def resume_file(args):
     return "" if finetune_file(args) else args.resume
 
 
+def output_folder(args):
+    """Where a training saves: --output_dir, else, as upstream's, a folder with the model's name; "" for nothing."""
+    return re.sub(r"[^\w.+-]", "_", args.model).lstrip(".-") if args.output_dir is None else args.output_dir
+
+
 def native_size(args):
     """Whether the images already have the input's size: they are then never resized."""
     return args.data_set in ("CIFAR", "CIFAR10") and args.input_size == 32
@@ -266,7 +271,7 @@ def check(args):
         raise ValueError(f"--finetune {args.finetune} needs the weights as --resume FILE; better: --finetune FILE")
     if args.resume and args.finetune and args.finetune.lower() not in ("yes", "true", "1"):
         raise ValueError("--finetune starts a new training and --resume goes on with one: give one of them")
-    if args.resume == "auto" and not args.output_dir:
+    if args.resume == "auto" and not output_folder(args):
         raise ValueError("--resume auto looks in --output_dir: say which folder")
     if args.eval and args.finetune:
         raise ValueError("--eval evaluates weights as they are: give them as --resume FILE, not --finetune")

@@ -64,7 +64,7 @@ try resume python main.py "${plain[@]}" --epochs 2 --resume auto --output_dir ru
 try evaluate python main.py --eval --resume run/checkpoint.pth "${plain[@]:0:12}"
 try finetune bash test/train_finetune_1p.sh --data_path=few --finetune_pth=run/checkpoint.pth "${small[@]}" --epochs=1 --max_step=8
 try shards python datasets.py shards digits shards
-try train_shards python main.py "${plain[@]}" --data-path shards --epochs 1
+try train_shards python main.py "${plain[@]}" --data-path shards --epochs 1 --output_dir shards_run
 try report python report.py run --data-path digits --device cpu
 try bench python bench.py --batch-size 2 --input-size 64 --steps 2
 if [[ $units ]]; then try units python -m pytest -q test/unit; fi

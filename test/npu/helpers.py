@@ -166,7 +166,7 @@ def trains(*words):
 def usual(folder, *words):
     """The options of a small, quick, repeatable run."""
     return [SMALL, "--data-path", str(folder), "--input-size=32", "--num_workers=0", "--batch-size=8", "--amp=off", "--fp32",
-            "--lr=0.03", *PLAIN, *words]
+            "--lr=0.03", "--output_dir=", *PLAIN, *words]
 
 
 # ---- what a run leaves ----

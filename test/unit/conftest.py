@@ -64,16 +64,16 @@ def run(command, cwd, env, timeout):
 
 @pytest.fixture(scope="session")
 def run_main():
-    """run_main(*args, cwd=None, env=None) -> CompletedProcess of `python main.py ARGS` with one thread."""
+    """run_main(*args, cwd=None, env=None) -> CompletedProcess of `python main.py ARGS` with one thread. Nothing is saved unless asked."""
     def start(*args, cwd=None, env=None, timeout=600):
-        return run([sys.executable, ROOT / "main.py", *args], cwd, env, timeout)
+        return run([sys.executable, ROOT / "main.py", "--output_dir=", *args], cwd, env, timeout)
     return start
 
 
 @pytest.fixture(scope="session")
 def run_ranks():
-    """run_ranks(n, *args, cwd=None, env=None) -> CompletedProcess of `torchrun --standalone --nproc_per_node=n main.py ARGS`."""
+    """run_ranks(n, *args, cwd=None, env=None) -> as run_main, of `torchrun --standalone --nproc_per_node=n main.py ARGS`."""
     def start(n, *args, cwd=None, env=None, timeout=600):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-        return run([*launcher, ROOT / "main.py", *args], cwd, env, timeout)
+        return run([*launcher, ROOT / "main.py", "--output_dir=", *args], cwd, env, timeout)
     return start

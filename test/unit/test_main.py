@@ -24,7 +24,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, run
 from PIL import Image
 from safetensors.torch import save_file
 from test_keeper import hold
@@ -59,7 +59,7 @@ def data(tiny_folder, tmp_path_factory):
 
 
 def usual(data):
-    return ["--device=cpu", "--data-path", str(data), "--input-size=32", "--num_workers=0", "--batch-size=8"]
+    return ["--device=cpu", "--data-path", str(data), "--input-size=32", "--num_workers=0", "--batch-size=8", "--output_dir="]
 
 
 @pytest.fixture(scope="session")
@@ -786,6 +786,28 @@ def test_a_new_run_in_a_used_folder_moves_the_old_files_aside(works, small, tmp_
     assert [row["epoch"] for row in rows(folder)] == [0]
 
 
+def test_one_command_starts_a_training_and_goes_on_with_it(works, tmp_path):
+    words = [SMALL, *PLAIN, "--lr=0.1", "--epochs=2", "--max_step=3", "--resume=auto", "--output_dir", tmp_path / "run"]
+    first, second = works(*words), works(*words)
+    assert f"--resume auto: no checkpoint.pth in {tmp_path}/run: the training starts from the beginning\n" in first.out
+    assert f"Resuming from {tmp_path}/run/checkpoint" in second.out and "the beginning" not in second.out
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == [0, 1]
+
+
+def test_a_training_that_says_no_folder_saves_into_one_with_the_models_name(data, tmp_path):
+    """As upstream's. An earlier run's files there are moved aside; an evaluation and an empty name write nothing."""
+    program = [sys.executable, ROOT / "main.py", *(word for word in usual(data) if "output" not in word), SMALL]
+    for words in (["--epochs=1"], ["--epochs=1", "--seed=5"], ["--epochs=1", "--output_dir="], ["--throughout"],
+                  ["--eval", "--resume=auto"]):
+        done = run(program + words, tmp_path, None, 600)
+        assert done.returncode == 0, done.stderr
+        assert ("Checkpoints and log.txt go to test_convnext\n" in done.stdout) == ("--epochs=1" in words and "--output_dir=" not in words)
+        assert ("warning: --output_dir is empty: nothing of this training is saved\n" in done.stdout) == ("--output_dir=" in words)
+        assert os.listdir(tmp_path) == ["test_convnext"]
+    assert sorted(files(tmp_path / "test_convnext")) == sorted(f"{name}{end}" for name in (
+        "checkpoint.pth", "checkpoint_best.pth", "log.txt") for end in ("", ".1"))
+
+
 def test_weights_alone_start_a_training_at_epoch_0_and_say_so(works, small, tmp_path):
     torch.save({"model": load(small / "checkpoint.pth")["model"]}, tmp_path / "official.pth")
     done = works(SMALL, *PLAIN, "--epochs=1", "--lr=0", "--min-lr=0", "--weight-decay=0", "--resume", tmp_path / "official.pth",
@@ -998,7 +1020,7 @@ MISTAKES = {  # kind: words, a regular expression of the message; DATA, RUN and 
     "missing weights": (
         "--finetune RUN/epoch9.pth", r"no checkpoint RUN/epoch9.pth: look at the path of --resume, --finetune or --teacher-path"),
     "no checkpoint": ("--resume FILE", r"cannot read the checkpoint FILE .*"),
-    "auto without a checkpoint": ("--resume auto --output_dir DATA", r"--resume auto: no checkpoint.pth in DATA"),
+    "auto without a checkpoint": ("--eval --resume auto --output_dir DATA", r"--resume auto: no checkpoint.pth in DATA"),
     "auto without a folder": ("--resume auto --output_dir=", r"--resume auto looks in --output_dir: say which folder"),
     "odd batch": ("--batch-size 7", r"--batch-size 7 is odd, and mixup pairs the images of a batch: use an even batch, or .*"),
     "large batch": ("--batch-size 26", r"the training set has 24 images, too few for one batch of 26 on each of 1 ranks: .*"),

@@ -26,7 +26,7 @@ DEFAULTS = dict(
     min_lr=1e-5, decay_epochs=30, warmup_epochs=5, cooldown_epochs=10, patience_epochs=10, decay_rate=0.1, color_jitter=0.4,
     aa="rand-m9-mstd0.5-inc1", smoothing=0.1, train_interpolation=None, repeated_aug=False, reprob=0.25, remode="pixel", recount=1,
     resplit=False, mixup=0.8, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode="batch", finetune="",
-    data_set="IMNET", use_mcloader=False, inat_category="name", output_dir="", seed=0, resume="", start_epoch=0, eval=False,
+    data_set="IMNET", use_mcloader=False, inat_category="name", output_dir=None, seed=0, resume="", start_epoch=0, eval=False,
     dist_eval=False, num_workers=10, pin_mem=True, world_size=1, dist_url="env://", throughout=False)
 OURS = dict(model="alt_gvt_small", device="auto", data_path="", max_step=0, accum_steps=1, model_ema=False, grad_checkpointing=False,
             compile=False, amp="auto", sched_lag=1, val_interval=1, print_freq=10, teacher_model="", teacher_path="",
@@ -108,6 +108,14 @@ def test_choices(capsys, name, choices):
     for choice in choices:
         assert getattr(read(name, choice), name[2:].replace("-", "_")) == choice
     assert "invalid choice: 'other'" in complaint(capsys, *DATA, name, "other")
+
+
+@pytest.mark.parametrize("words, folder", [
+    ([], "alt_gvt_small"), (["--model=vit_base_patch16_224.augreg_in1k"], "vit_base_patch16_224.augreg_in1k"),
+    (["--model=timm/resnet18"], "timm_resnet18"), (["--model=../../x"], "_.._x"), (["--output_dir=out/put"], "out/put"),
+    (["--output_dir="], "")])
+def test_the_folder_of_a_training(words, folder):
+    assert options.output_folder(read(*words)) == folder
 
 
 def test_the_parser_can_be_a_parent():
@@ -203,7 +211,7 @@ def test_the_defaults_and_a_data_set_pass():
     ("--batch-size 5 --mixup 0 --cutmix 0 --cutmix-minmax 0.2 0.8", "--batch-size 5 is odd"),
     ("--finetune yes", "--finetune yes needs the weights as --resume FILE"),
     ("--finetune a.pth --resume b.pth", "--finetune starts a new training and --resume goes on with one"),
-    ("--resume auto", "--resume auto looks in --output_dir"),
+    ("--resume auto --output_dir=", "--resume auto looks in --output_dir"),
     ("--eval", "--eval needs weights"),
     ("--eval --finetune a.pth", "--eval evaluates weights as they are: give them as --resume FILE, not --finetune"),
     ("--eval --finetune yes --resume a.pth", "--eval evaluates weights as they are: give them as --resume FILE, not --finetune"),

@@ -26,7 +26,7 @@ def values(kind, unit):
 def test_a_wrong_value_is_one_line_or_trains(tiny_folder, capfd, name, kind, unit):
     """Through main: one step of a small model, in this process."""
     usual = ["--data-path", tiny_folder, "--device=cpu", "--input-size=32", "--batch-size=2", "--num_workers=0", "--max_step=1",
-             "--epochs=1", "--model=test_convnext", "--warmup-epochs=0", "--no-eval"]
+             "--epochs=1", "--model=test_convnext", "--warmup-epochs=0", "--no-eval", "--output_dir="]
     handler = signal.getsignal(signal.SIGTERM)
     try:
         for value in values(kind, unit):
