@@ -19,6 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import datasets
+import decode
 
 torch.set_num_threads(1)
 ELASTIC = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
@@ -54,6 +55,20 @@ def digits_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits") / "digits"
     datasets.write_digits(folder)
     return folder
+
+
+def small_transform(is_train=False, **settings):
+    return datasets.build_transform(is_train, input_size=32, **settings)
+
+
+def read_all(loader):
+    """Its batches. Where that fails, its workers end at once: left to the garbage collector they take 5 seconds each."""
+    try:
+        return list(loader)
+    except decode.DataError:
+        if loader.num_workers:
+            loader._iterator._shutdown_workers()
+        raise
 
 
 def run(command, cwd, env, timeout):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import read_all, small_transform
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 from timm.data import Mixup, create_transform
@@ -49,20 +50,6 @@ def class_folders(root, classes, counts=(2, 1), image=None):
 def plain(image):
     """An image as a tensor, nothing more."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def small_transform(is_train=False, **settings):
-    return datasets.build_transform(is_train, input_size=32, **settings)
-
-
-def read_all(loader):
-    """Its batches. Where that fails, its workers end at once: left to the garbage collector they take 5 seconds each."""
-    try:
-        return list(loader)
-    except decode.DataError:
-        if loader.num_workers:
-            loader._iterator._shutdown_workers()
-        raise
 
 
 # ---- transforms ----

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from conftest import read_all, small_transform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -77,10 +78,6 @@ def which(image):
     return int(image[0, 0, 0]) + 256 * int(image[1, 0, 0])
 
 
-def small_transform(is_train=False):
-    return datasets.build_transform(is_train, input_size=32)
-
-
 @pytest.fixture(scope="module")
 def shards_root(tiny_folder, tmp_path_factory):
     """tiny_folder as 6 shards of 4 for training, and 3 of 4, 4 and 3 for validation; read it only."""
@@ -113,16 +110,6 @@ def command(monkeypatch, capsys):
 def loader_of(root, is_train, batch_size, workers, rank=0, ranks=1, seed=0):
     found, _ = datasets.build_dataset(is_train, root, "IMNET", small_transform())
     return loaders.build_loader(found, is_train, batch_size, workers, rank, ranks, seed)
-
-
-def read_all(loader):
-    """Its batches. Where that fails, its workers end at once: left to the garbage collector they take 5 seconds each."""
-    try:
-        return list(loader)
-    except decode.DataError:
-        if loader.num_workers:
-            loader._iterator._shutdown_workers()
-        raise
 
 
 def indices(loader, epoch=0):
