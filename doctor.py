@@ -54,6 +54,11 @@ def size(count):
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
+def per_second(rate):
+    """A slow machine's rate is a fraction, and no 0."""
+    return f"{rate:{'.0f' if rate >= 10 else '.2g'}} images/s"
+
+
 def wants_npu(args):
     auto = args.device == "auto" and installed("torch_npu") and os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0"
     return args.device.startswith("npu") or bool(auto)
@@ -172,7 +177,7 @@ def check_device(args):
             _, rate = train_steps(device, precision, batch, 224, warmup, steps)
         except RuntimeError as error:
             raise devices.explain(error) from None
-        yield ok("device speed", f"{rate:.0f} images/s ({device}, {precision.name}, batch {batch})")
+        yield ok("device speed", f"{per_second(rate)} ({device}, {precision.name}, batch {batch})")
 
 
 def train_steps(device, precision, batch, pixels, warmup, steps):
@@ -241,13 +246,19 @@ def check_machine(args, cards):
 def check_data(args):
     import devices  # noqa: F401, I001  before torch: for --device cpu it keeps torch_npu out
     import datasets
+    import labels
     import shards
     import utils
     if args.data_set == "DIGITS" and not Path(args.data_path, "train").is_dir():
         yield ok("data", f"the digits are written into {args.data_path} by the first training")
         return
-    train, val, classes = datasets.build_datasets(args.data_path, args.data_set, None, None)  # its ValueError says what is wrong
-    yield ok("classes", f"{len(classes)}, the same in train and val")
+    class_map = labels.read_class_map(args.class_map) if args.class_map else None  # a ValueError says what is wrong, as those below
+    train, val, classes = datasets.build_datasets(args.data_path, args.data_set, None, None, args.inat_category, class_map=class_map)
+    notes = labels.decide(classes, class_map=class_map).notes
+    yield ok("classes", f"{len(classes)}, the same in train and val" if len(val.classes) == len(classes) else
+             f"{len(classes)} in train, {len(val.classes)} of them in val")
+    if class_map:
+        yield ok("class map", "; ".join(notes) or f"it names these {len(classes)} classes")
     failed, sharded = False, isinstance(train, shards.ShardedImages) or isinstance(val, shards.ShardedImages)
     for split, images in (("train", train), ("val", val)):
         for i, note in enumerate(images.notes):  # first how many images a class has, then what was left out
@@ -269,7 +280,7 @@ def check_data(args):
                     "remove one of each, or Acc@1 says too much") if pairs else
                ok("same file twice", f"none of {count} validation images looked at is a training image"))
     if not failed:  # a bad image would end the loader
-        yield ok("loader speed", f"{loader_rate(args):.0f} images/s (--num_workers {args.num_workers}, {CORES} cores)")
+        yield ok("loader speed", f"{per_second(loader_rate(args))} (--num_workers {args.num_workers}, {CORES} cores)")
 
 
 def sample(n, args):
@@ -385,7 +396,7 @@ def check_all(args):
     if args.data_path:
         data = list(child("data", "--device", "cpu", limit=None if args.full else 1200))
         yield from data
-        rates = {name: int(text.split()[0]) for _, name, text in device + data if name.endswith(" speed")}
+        rates = {name: float(text.split()[0]) for _, name, text in device + data if name.endswith(" speed")}
         if len(rates) == 2 and rates["loader speed"] < rates["device speed"]:
             yield warn("speed", "the device waits for images", "more --num_workers or cores, smaller files, or tar shards on a slow disk")
 
@@ -394,6 +405,8 @@ def run(argv=None):
     parser = argparse.ArgumentParser("doctor.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--data-path", "--data_path", default="", help="the data set to look at")
     parser.add_argument("--data-set", "--data_set", default="IMNET", choices=options.DATA_SETS, help="its kind, as main.py's")
+    parser.add_argument("--class-map", "--class_map", default="", help="which output is which class, as main.py's")
+    parser.add_argument("--inat-category", "--inat_category", default="name", choices=options.INAT_LEVELS, help="as main.py's")
     parser.add_argument("--device", default="auto", help="the device to try, as main.py's")
     parser.add_argument("--full", action="store_true", help="look at every image")
     parser.add_argument("--images", type=int, default=200, help="images of each split to look at without --full")
@@ -404,8 +417,8 @@ def run(argv=None):
     args = parser.parse_args(argv)
     try:
         args.training = options.get_args_parser().parse_args([  # the one to come, as main.py takes it
-            f"--data-path={args.data_path or '.'}", f"--data-set={args.data_set}", f"--batch-size={args.batch_size}",
-            f"--num_workers={args.num_workers}"])
+            f"--data-path={args.data_path or '.'}", f"--data-set={args.data_set}", f"--class-map={args.class_map}",
+            f"--inat-category={args.inat_category}", f"--batch-size={args.batch_size}", f"--num_workers={args.num_workers}"])
         options.check(args.training)
         if args.images < 1:
             raise ValueError(f"--images is {args.images}, and must be at least 1")

@@ -109,7 +109,7 @@ def test_good_folder(run, tiny_folder):
     for name, how in ("loader", "(--num_workers 1, "), ("device", "(cpu, fp32, batch 2)"):
         [(level, text)] = found[f"{name} speed"]
         assert level == "ok" and how in text
-        rates.append(int(re.match(r"(\d+) images/s ", text)[1]))
+        rates.append(float(re.match(r"(\S+) images/s ", text)[1]))
     assert rates[0] > 0
     assert ("speed" in found) == (rates[0] < rates[1])
     assert "image" not in found and "fail" not in levels(found)
@@ -346,6 +346,39 @@ def test_child_without_an_answer(package, monkeypatch, code, text):
     assert line[:2] == ("fail", "import torch") and line[2].startswith(text)
 
 
+def test_a_class_map_is_read_as_main_reads_it(tiny_folder, tmp_path, capsys):
+    """A class without a validation image is no mistake with it, and one that it does not name is."""
+    data, names = tmp_path / "data", tmp_path / "names.txt"
+    shutil.copytree(tiny_folder, data)
+    shutil.rmtree(data / "val" / "leaves")
+    words = ["--data-path", str(data), "--device", "cpu", "--num_workers", "0", "--batch-size", "4", "--child", "data"]
+    with pytest.raises(ValueError, match="or list all classes in --class-map FILE"):
+        doctor.run(words)
+    names.write_text("temple\nflower\n")
+    with pytest.raises(ValueError, match=r"--class-map does not name 1 of the data's 3 classes, \['leaves'\]"):
+        doctor.run([*words, "--class-map", str(names)])
+    names.write_text("temple\nleaves\nflower\nship\n")
+    assert doctor.run([*words, "--class-map", str(names)]) == 0
+    said = capsys.readouterr().out
+    assert "ok    classes: 3 in train, 2 of them in val\n" in said and "ok    loader speed: " in said
+    assert "ok    class map: --class-map names 4 classes, and the training images are of 3\n" in said
+
+
+@pytest.mark.parametrize("rate, text", [(0.04, "0.04"), (0.391, "0.39"), (9.96, "10"), (3.0, "3"), (12.3, "12"), (2045.4, "2045")])
+def test_a_slow_rate_is_no_0(rate, text):
+    assert doctor.per_second(rate) == f"{text} images/s"
+
+
+@pytest.mark.parametrize("loader, waits", [("0.31", True), ("0.52", False), ("120", False)])
+def test_slow_rates_are_compared(monkeypatch, loader, waits):
+    said = dict(device=[("ok", "device speed", "0.4 images/s (cpu, fp32, batch 4)")],
+                data=[("ok", "loader speed", f"{loader} images/s (--num_workers 1)")])
+    monkeypatch.setattr(doctor, "child", lambda name, *_, **__: said[name])
+    for name in ("check_versions", "check_torch_npu", "check_machine"):
+        monkeypatch.setattr(doctor, name, lambda *_, **__: ())
+    assert [line[1] for line in doctor.check_all(SimpleNamespace(data_path="x", full=True))][2:] == (["speed"] if waits else [])
+
+
 @pytest.mark.parametrize("rest", ["", "/run/ckpt"])
 def test_an_output_folder_that_is_a_file(tmp_path, rest):
     """Or lies below one, or has a name that no file system takes."""
@@ -364,7 +397,7 @@ def test_what_the_walk_left_out_and_images_of_16_bits_are_told(tiny_folder, tmp_
         Image.fromarray(np.linspace(0, 65535, 40 * 36).reshape(36, 40).astype(np.uint16)).save(data / "val" / "temple" / f"x\n{i}.png")
     (data / "val" / "temple" / ".ipynb_checkpoints").mkdir()
     shutil.copy(data / "val" / "temple" / "08.jpg", data / "val" / "lone.jpg")
-    args = doctor.argparse.Namespace(data_set="IMNET", data_path=str(data), images=50, full=False)
+    args = doctor.argparse.Namespace(data_set="IMNET", data_path=str(data), class_map="", inat_category="name", images=50, full=False)
     lines, checks = [], doctor.check_data(args)
     while len(lines) < 7:  # the loader's speed is another's question
         lines.append(next(checks))
