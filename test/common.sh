@@ -325,11 +325,12 @@ number() { # FORMAT NUMBER: nothing stays nothing
 }
 
 # ActualFPS is the last epoch's and TrainAccuracy the best; the original's were the mean of all lines and the last epoch's,
-# which stand below. Loss is the last. By name from log.txt, else from the readable log.
+# which stand below. Loss is the last. By name from log.txt, else from the readable log. The log of a run that was resumed
+# holds the earlier ones, too: all of them make the curve of the loss, and this one the fps.
 write_results() { # STATUS SECONDS
     local fps='' mean_fps='' accuracy='' last_accuracy='' loss global_batch time=''
     LC_ALL=C sed -n 's/^Epoch: .* loss: \([^ ]*\).*/\1/p' -- "$train_log" >"$run_dir/train_${case_name}_loss.txt"
-    LC_ALL=C sed -n 's/^Epoch: .* loss: .* fps:\([0-9.]*\).*/\1/p' -- "$train_log" >"$run_dir/train_${case_name}_fps.log"
+    this_run | LC_ALL=C sed -n 's/^Epoch: .* loss: .* fps:\([0-9.]*\).*/\1/p' >"$run_dir/train_${case_name}_fps.log"
     loss=$(json_value train_loss)
     loss=$(number %.6g "${loss:-$(log_value '^Epoch: .* loss: \([^ ]*\).*')}")
     if (($1 == 0)); then
@@ -343,7 +344,7 @@ write_results() { # STATUS SECONDS
         accuracy=$(number %.2f "${accuracy:-$last_accuracy}")
         global_batch=$(json_value global_batch)
         time=$(LC_ALL=C awk -v b="${global_batch:-$((batch_size * nproc))}" -v f="$fps" 'BEGIN { if (f > 0) printf "%.2f", b * 1000 / f }')
-        info "FPS: $fps in the last epoch (ActualFPS), $mean_fps the mean of all lines; accuracy: ${accuracy:-none} the best (TrainAccuracy), ${last_accuracy:-none} the last" \
+        info "FPS: $fps in the last epoch (ActualFPS), ${mean_fps:-none} the mean of this run's lines; accuracy: ${accuracy:-none} the best (TrainAccuracy), ${last_accuracy:-none} the last" \
             | tee -a -- "$train_log"
     fi
     cat >"$run_dir/$case_name.log" <<TEXT

@@ -234,7 +234,8 @@ def test_performance_1p_leaves_the_conventional_files(repo, run, tmp_path):
         f"TrainAccuracy = 61.50\nActualLoss = 1.25\nE2ETrainingTime = {seconds}\n"
         "MeanFPS = 100.50\nLastAccuracy = 59.00\n"  # what the original called ActualFPS and TrainAccuracy
     )
-    assert ("[Info] FPS: 201.50 in the last epoch (ActualFPS), 100.50 the mean of all lines; accuracy: 61.50 the best (TrainAccuracy), "
+    assert ("[Info] FPS: 201.50 in the last epoch (ActualFPS), 100.50 the mean of this run's lines; "
+            "accuracy: 61.50 the best (TrainAccuracy), "
             "59.00 the last\n") in (folder / "train_0.log").read_text()  # fmt: skip
     assert (folder / f"train_{case}_loss.txt").read_text() == "2.5\n1.5\n"
     assert (folder / f"train_{case}_fps.log").read_text() == "100\n101\n"
@@ -365,6 +366,20 @@ def test_earlier_run_is_moved_aside_and_can_be_started_from(repo, run, tmp_path)
     options = ["--data_path=../da ta", "--finetune_pth=output/ckpt/checkpoint.pth", "--device_id=1"]  # the link points elsewhere now
     run("test/" + FINETUNE_1P, *options, cwd=repo, check=0)
     assert call(repo, 1)["argv"][-1] == str(first / "ckpt/checkpoint.pth")
+
+
+def test_the_mean_fps_of_a_resumed_run_is_its_own(repo, run, tmp_path):
+    """The log goes on, and with it the curve of the loss; what was slow before the resume says nothing of this run."""
+    words = [repo / "test" / FULL_8P, f"--data_path={tmp_path / 'da ta'}", "--nproc=1"]
+    run(*words, check=0)
+    folder = repo / "test/output/0"
+    log = folder / "train_0.log"
+    log.write_text(log.read_text().replace("  fps:10", "  fps:5"))  # 50 and 51 images a second
+    done = run(*words, "--resume=auto", check=0)
+    assert "[Info] FPS: 201.50 in the last epoch (ActualFPS), 100.50 the mean of this run's lines; accuracy: 61.50 the best" in done.stdout
+    assert results(folder / "Twins-GVT-Small_bs128_1p_acc.log")["MeanFPS"] == " 100.50"
+    assert (folder / "train_Twins-GVT-Small_bs128_1p_acc_fps.log").read_text() == "100\n101\n"
+    assert (folder / "train_Twins-GVT-Small_bs128_1p_acc_loss.txt").read_text() == "2.5\n1.5\n" * 2
 
 
 def test_resume_auto_goes_on_in_the_folder(repo, run, tmp_path):
@@ -648,16 +663,24 @@ def test_npu_environment_says_why_not(repo, run, tmp_path, python_path):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="simulated NPUs need Linux x86_64")
-def test_npu_environment_refuses_a_cuda_torch(repo, run, tmp_path):
+@pytest.mark.parametrize(("cuda", "vision", "said"), [
+    ("'13.0'", "", "needs a CPU-only build of torch 2.13.0: a CUDA build aborts next to torch_npu"),
+    (None, "raise RuntimeError('operator torchvision::nms does not exist')",
+     "has a torchvision that does not load beside its torch: remove that folder, and run this again"), (None, "", None)])  # fmt: skip
+def test_npu_environment_refuses_what_does_not_load(repo, run, tmp_path, cuda, vision, said):
     packages = tmp_path / "packages"
-    for name, version in (("torch", "2.13.0+cu130"), ("torch_npu", "2.13.0"), ("torchvision", "0.28.0")):
+    for name, version in (("torch", "2.13.0+cpu"), ("torch_npu", "2.13.0"), ("torchvision", "0.28.0+cpu")):
         (packages / f"{name}-{version}.dist-info").mkdir(parents=True)
         (packages / f"{name}-{version}.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    (packages / "torch.py").write_text("class version: cuda = '13.0'\n")
+    (packages / "torch.py").write_text(f"class version: cuda = {cuda}\n")
+    (packages / "torchvision.py").write_text(vision)
     write_program(repo / ".venv-npu/bin/python", f'exec "{sys.executable}" "$@"')
     (repo / "test/requirements.txt").write_text("")
-    done = run(repo / "test/setup_env.sh", "--npu", check=1, PYTHONPATH=packages, PIP_NO_INDEX=1)
-    assert "[Error]" in done.stderr.splitlines()[-1] and "CPU-only build of torch 2.13.0" in done.stderr.splitlines()[-1]
+    done = run(repo / "test/setup_env.sh", "--npu", check=int(bool(said)), PYTHONPATH=packages, PIP_NO_INDEX=1)
+    if said is None:
+        assert done.stdout == f"{repo}/.venv-npu/bin/python\n" and not done.stderr
+        return
+    assert done.stderr.splitlines()[-1] == f"[Error] {repo}/.venv-npu {said}"
 
 
 # run_tests.sh and .ci/run
