@@ -4,6 +4,7 @@
     python datasets.py shards FOLDER DIR      # class folders as webdataset tar shards in DIR, a new or empty folder
     python datasets.py index DIR              # find the images of shards once, instead of at every start
 """
+import itertools
 import os
 import signal
 import sys
@@ -19,8 +20,8 @@ from torchvision import datasets
 import inaturalist
 import labels
 import shards
-from decode import READ_ERRORS, DataError, load_rgb, open_file, reason
-from folders import ClassFolders
+from decode import EXTENSIONS, READ_ERRORS, DataError, load_rgb, open_file, reason
+from folders import ClassFolders, is_
 from transforms import build_transform  # noqa: F401  upstream's place for it
 from utils import shown
 
@@ -88,9 +89,37 @@ def elsewhere(root, split, found):
     alike = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation", "test")}[split]
     if others := [shown(name) for word in alike for name in sorted(found) if name.lower() == word and os.path.isdir(root / name)]:
         return f", but {', '.join(f'{name}/' for name in others)}: rename it, or link it: ln -s {others[0]} {shown(root / split)}"
-    if below := [name for name in sorted(found) if os.path.isdir(root / name / split)]:
-        return f", but {shown(below[0])}/ has: --data-path {shown(root / below[0])}"
+    if folder := below(root, split):
+        return f", but {shown(folder.relative_to(root))}/ has: --data-path {shown(folder)}"
     return "; --no-eval trains without" if split == "val" else ""
+
+
+def below(root, split, depth=3):
+    """The nearest folder below root whose `split` holds images or shards, as Data/CLS-LOC of Kaggle's ImageNet; None without one.
+
+    Only a look: of the first names of the first folders.
+    """
+    level = [root]
+    for _ in range(depth):
+        level = sorted(Path(entry.path) for folder in level for entry in some_of(folder)
+                       if is_(entry, "dir") and not entry.name.startswith("."))[:100]
+        if found := next((folder for folder in level if shows_images(folder / split)), None):
+            return found
+    return None
+
+
+def some_of(folder):
+    try:
+        with os.scandir(folder) as entries:
+            return list(itertools.islice(entries, 1000))
+    except OSError:
+        return []
+
+
+def shows_images(folder, depth=1):
+    entries = some_of(folder)
+    return any(entry.name.lower().endswith((*EXTENSIONS, *shards.SUFFIXES)) for entry in entries) or (
+        depth and any(shows_images(entry.path, depth - 1) for entry in [entry for entry in entries if is_(entry, "dir")][:3]))
 
 
 class NamedImages(Dataset):

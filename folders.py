@@ -11,8 +11,9 @@ from utils import shown
 
 HOUSEKEEPING = frozenset(("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found",
                           "__macosx", "__pycache__"))  # of NAS, Windows, file systems, macOS and Python
-HIDDEN, NO_IMAGE, LOOSE, NO_FILE, AGAIN = ("hidden names", "no images by their names", "images outside the class folders",
-                                           "no regular files", "links to what counts elsewhere")
+HIDDEN, NO_IMAGE, LOOSE, NO_FILE, AGAIN, GONE = (
+    "hidden names", "no images by their names", "images outside the class folders", "no regular files", "links to what counts elsewhere",
+    "files that were gone when they were looked at")
 
 
 class PathList(Sequence):
@@ -68,6 +69,17 @@ class ClassFolders:
     def leave(self, why, path):
         self.left_out.setdefault(why, [0, shown(os.path.relpath(path, self.root))])[0] += 1
 
+    def identity(self, path):
+        """A file's device and inode number; twice None where another process has just removed it."""
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            self.leave(GONE, path)
+            return None, None
+        except OSError as error:
+            raise ValueError(f"cannot look at the file {shown(path)} ({error.strerror}): make it readable, or remove it") from error
+        return status.st_dev, status.st_ino
+
     def entries(self, folder):
         """What lies in a folder, in order; nothing where it was entered before."""
         try:
@@ -102,9 +114,9 @@ class ClassFolders:
                     self.leave(NO_IMAGE, entry.path)
                 elif not is_(entry, "file"):
                     self.leave(NO_FILE, entry.path)
-                else:
+                elif (inode := self.identity(entry.path)[1] if entry.is_symlink() else entry.inode()) is not None:
                     names.append(os.fsencode(entry.name))
-                    inodes.append(entry.stat().st_ino if entry.is_symlink() else entry.inode())
+                    inodes.append(inode)
             if names:
                 parts.append((label, folder, len(parts), b"\0".join(names), inodes))
         self.refuse_nested_classes({folder for _, folder, *_ in parts})
@@ -119,16 +131,18 @@ class ClassFolders:
         return paths, labels
 
     def found_again(self, paths, inodes, turns):
-        """Indices of paths to files that were found before. An inode number may stand for several files: those are asked."""
+        """Indices of paths to files that were found before, or are gone. An inode number may stand for several: those are asked."""
         _, group, counts = np.unique(inodes, return_inverse=True, return_counts=True)
         suspects = np.flatnonzero(counts[group] > 1)
         known, again = set(), []
         for index in suspects[np.argsort(turns[suspects], kind="stable")]:
-            status = os.stat(paths[index])
-            if (status.st_dev, status.st_ino) in known:
+            device, inode = self.identity(paths[index])
+            if inode is not None and (device, inode) not in known:
+                known.add((device, inode))
+                continue
+            if inode is not None:
                 self.leave(AGAIN, paths[index])
-                again.append(index)
-            known.add((status.st_dev, status.st_ino))
+            again.append(index)
         return again
 
     def refuse_nested_classes(self, folders):

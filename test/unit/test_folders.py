@@ -173,6 +173,35 @@ class SameNumbers(array_of):
         super().append(7)
 
 
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_file_that_vanishes_during_the_walk_is_counted(tmp_path, monkeypatch, link):
+    """Of two names of one file the walk asks again, and of a link for what it leads to: another process was faster."""
+    images(tmp_path, "a/1.jpg", "a/2.jpg", "b/1.jpg")
+    link(tmp_path / "a" / "1.jpg", tmp_path / "a" / "3.jpg")
+    look = os.stat
+
+    def vanishing(path, *how, **also):
+        if str(path).endswith("3.jpg"):
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return look(path, *how, **also)
+    monkeypatch.setattr(os, "stat", vanishing)
+    assert found(tmp_path) == [("a/1.jpg", "a"), ("a/2.jpg", "a"), ("b/1.jpg", "b")]
+    assert folders.ClassFolders(tmp_path).left_out == {folders.GONE: [1, "a/3.jpg"]}
+
+
+def test_a_file_that_may_not_be_looked_at_is_one_line(tmp_path, monkeypatch):
+    images(tmp_path, "a/1.jpg")
+    os.link(tmp_path / "a" / "1.jpg", tmp_path / "a" / "2.jpg")
+    look = os.stat
+
+    def guarded(path, *how, **also):
+        if str(path).endswith("2.jpg"):
+            raise PermissionError(13, "Permission denied", path)
+        return look(path, *how, **also)
+    monkeypatch.setattr(os, "stat", guarded)  # root may look at all
+    assert refusal(tmp_path) == f"cannot look at the file {tmp_path}/a/2.jpg (Permission denied): make it readable, or remove it"
+
+
 def test_what_is_no_regular_file(tmp_path):
     images(tmp_path, "a/1.jpg")
     os.mkfifo(tmp_path / "a" / "fifo.jpg")
@@ -271,6 +300,27 @@ def test_other_names_of_train_and_a_path_one_level_short(tmp_path):
     images(tmp_path, "set/training/a/1.jpg", "set/val/a/1.jpg")
     assert "no folder train/ (expected train/ and val/), but training/: rename it, or link it: ln -s training" in missing(tmp_path / "set")
     assert missing(tmp_path).endswith(f", but set/ has: --data-path {tmp_path / 'set'}")
+
+
+@pytest.mark.parametrize("above", ["", "imagenet-object-localization-challenge/"])
+def test_kaggles_imagenet_named_by_a_folder_above(tmp_path, above):
+    """Annotations/CLS-LOC has a train/ and a val/ too, without an image in them."""
+    root = tmp_path / above / "ILSVRC"
+    images(root / "Data" / "CLS-LOC", "train/n01440764/1.JPEG", "val/1.JPEG", "test/1.JPEG")
+    for split in ("train/n01440764", "val"):
+        (root / "Annotations" / "CLS-LOC" / split).mkdir(parents=True)
+        (root / "Annotations" / "CLS-LOC" / split / "1.xml").write_text("<annotation/>")
+    (root / "self").symlink_to("self")
+    given = tmp_path / above if above else root
+    assert missing(given) == (f"--data-path {given}: it has no folder val/ (expected train/ and val/), but "
+                              f"{(root / 'Data' / 'CLS-LOC').relative_to(given)}/ has: --data-path {root}/Data/CLS-LOC")
+
+
+def test_a_folder_far_above_the_data_is_only_looked_at(tmp_path):
+    """Three levels down, and no further."""
+    images(tmp_path, "1/2/3/4/val/a/1.jpg")
+    assert missing(tmp_path).endswith("(expected train/ and val/); --no-eval trains without")
+    assert missing(tmp_path / "1").endswith(f"but 2/3/4/ has: --data-path {tmp_path}/1/2/3/4")
 
 
 # ---- names ----
