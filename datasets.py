@@ -4,6 +4,8 @@
     python datasets.py shards FOLDER DIR      # class folders as webdataset tar shards in DIR, a new or empty folder
     python datasets.py index DIR              # find the images of shards once, instead of at every start
 """
+import contextlib
+import errno
 import itertools
 import os
 import signal
@@ -183,6 +185,9 @@ class CIFARImages(NamedImages):
         return f"{self.split} image {int(index)} of {self.images.base_folder}"
 
 
+STANDS_THERE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # why a folder cannot be renamed to a name
+
+
 def write_digits(folder):
     """scikit-learn's digits, 8 x 8 scans, as class folders: every fifth image validates. Never half-written."""
     from sklearn.datasets import load_digits
@@ -197,6 +202,8 @@ def write_digits(folder):
             try:
                 os.rename(Path(made, "digits"), folder)
             except OSError as error:  # another rank was faster, or something else stands there
+                if error.errno not in STANDS_THERE:
+                    raise
                 if not os.path.isdir(folder / "train"):
                     raise ValueError(f"{shown(folder)} is not empty and holds no digits: choose another --data-path") from error
     except OSError as error:
@@ -210,14 +217,17 @@ def write_shards(source, target, maxcount=5000):
     ValueError where something else stands in its place.
     """
     source, target = Path(source), Path(os.path.realpath(target))
-    splits = [split for split in ("train", "val") if (source / split).is_dir()]
+    splits = [split for split in ("train", "val") if os.path.isdir(source / split)]
     if not splits:
         raise ValueError(f"{source} has neither train/ nor val/ with class folders")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target} is not empty: choose a new folder for the shards")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with shards.writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(target)  # a name that is too long ends here, not when all is written
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise ValueError(f"{target} is not empty: choose a new folder for the shards")
     said = []
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as made:
+    with shards.writing(target), tempfile.TemporaryDirectory(prefix=f".{target.name[:40]}.", dir=target.parent) as made:
         for split in splits:
             images, classes = build_dataset(split == "train", source)
             if isinstance(images, shards.ShardedImages):
@@ -229,6 +239,8 @@ def write_shards(source, target, maxcount=5000):
         try:
             os.rename(Path(made, "shards"), target)
         except OSError as error:
+            if error.errno not in STANDS_THERE:
+                raise
             raise ValueError(f"{target} was filled meanwhile ({reason(error)}): choose a new folder for the shards") from error
     return said
 
@@ -239,13 +251,13 @@ if __name__ == "__main__":
     paths = [Path(path) for path in paths]
     try:
         if command == "digits" and len(paths) == 1:
-            if not (paths[0] / "train").is_dir():
+            if not os.path.isdir(paths[0] / "train"):
                 write_digits(paths[0])
             print(Counter(path.parts[-3] for path in sorted(paths[0].glob("*/*/*.png"))))
         elif command == "shards" and len(paths) == 2:
             print(*write_shards(*paths), sep="\n")
         elif command == "index" and len(paths) == 1:
-            splits = [paths[0] / split for split in ("train", "val") if (paths[0] / split).is_dir()]
+            splits = [paths[0] / split for split in ("train", "val") if os.path.isdir(paths[0] / split)]
             if not splits:
                 raise ValueError(f"{paths[0]} has neither train/ nor val/ with tar shards")
             for split in splits:

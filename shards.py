@@ -5,6 +5,8 @@ index.json has the class names, and each shard's number of images and of bytes. 
 once from header to header at the start.
 """
 import bz2
+import contextlib
+import errno
 import functools
 import gzip
 import io
@@ -27,7 +29,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from decode import EXTENSIONS, FORMATS, READ_ERRORS, DataError, load_rgb, open_file, reason
-from folders import spread
+from folders import is_, spread
 from utils import shown
 
 LABELS = (".cls", ".json", ".txt")  # the first of them that holds a class counts
@@ -36,6 +38,7 @@ COMPRESSED = {b"\x1f\x8b": ("gzip", "gunzip", gzip.open), b"BZh": ("bzip2", "bun
               b"\xfd7zXZ\0": ("xz", "unxz", lzma.open), b"\x28\xb5\x2f\xfd": ("zstd", "unzstd", None)}
 MOST_CLASSES = 1_000_000  # a larger number is no class's
 MOST_LABEL_BYTES = 1 << 20
+NUMERAL = re.compile("[+-]?[0-9]{1,18}")
 BLOCK = tarfile.BLOCKSIZE
 # Where an image's and its label's members begin in their tar, how many bytes they have with their headers, and the class.
 RECORD = np.dtype([("image", "<i8"), ("image_bytes", "<i8"), ("label", "<i8"), ("label_bytes", "<i8"), ("target", "<i4")])
@@ -43,10 +46,13 @@ RECORD = np.dtype([("image", "<i8"), ("image_bytes", "<i8"), ("label", "<i8"), (
 
 def find(folder):
     """The tars of a split, sorted; none where it has none. Raises ValueError where class folders stand beside them."""
-    with os.scandir(folder) as entries:
-        entries = [entry for entry in entries if not entry.name.startswith(".")]
-    tars = sorted(entry.path for entry in entries if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir())
-    classes = (entry for entry in sorted(entries, key=lambda entry: entry.name) if entry.is_dir())
+    try:
+        with os.scandir(folder) as entries:
+            entries = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise ValueError(f"cannot look into the folder {shown(folder)} ({error.strerror}): make it readable") from error
+    tars = sorted(entry.path for entry in entries if entry.name.lower().endswith(SUFFIXES) and not is_(entry, "dir"))
+    classes = (entry for entry in sorted(entries, key=lambda entry: entry.name) if is_(entry, "dir"))
     if tars and (first := next((entry.name for entry in classes if holds_images(entry.path)), None)):
         raise ValueError(f"{shown(Path(folder).name)}/ holds class folders ({shown(first)}) and tar files ({shown(Path(tars[0]).name)}): "
                          "which are the data? Move the others away")
@@ -117,7 +123,8 @@ def first_key(key):
 def read_label(extension, content):
     """The class that a label file names, as a number or a name; None where it names none (a caption, other JSON).
 
-    KEY.cls holds a number, or a name. KEY.json has it as "cls" or "label", KEY.txt as a number. Raises ValueError.
+    KEY.cls holds a number, or a name. KEY.json has it as "cls" or "label", and what is a text there stays one, "7" too: the other
+    labels tell whether it is a name. KEY.txt has a number. Raises ValueError.
     """
     text = content.decode("utf-8-sig").strip()
     if extension == ".json":
@@ -127,8 +134,10 @@ def read_label(extension, content):
             value = int(value)
         if isinstance(value, (list, dict, bool, float)):
             raise ValueError(f"its label is {shown(json.dumps(value))[:40]}, no class's number")
-        text = "" if value is None else str(value).strip()
-    if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        if isinstance(value, str):
+            return value.strip() or None
+        text = "" if value is None else str(value)
+    if NUMERAL.fullmatch(text):
         return int(text)
     if extension == ".cls" and not text:
         raise ValueError("it is empty")
@@ -141,13 +150,28 @@ def scan_shard(shard):
         with open_file(shard) as file:
             size = os.fstat(file.fileno()).st_size
             check_is_tar(file, shard)
-            return size, *pair(*sort_out(file, size))
+            images, labels, packed = sort_out(file, size)
+            if not labels and (images or packed):
+                raise unlabelled(shard, images, packed)
+            return size, *pair(images, labels)
     except DataError:
         raise
     except tarfile.HeaderError as error:
         raise unreadable(shard, f"damaged: {reason(error)}") from error
     except READ_ERRORS as error:
         raise unreadable(shard, reason(error)) from error
+
+
+def unlabelled(shard, images, packed):
+    """The DataError for a tar that is no shard: ImageNet's of one class, or of all classes' tars. packed: the tars in it."""
+    folder, path, tars = (shown(shlex.quote(str(name))) for name in (Path(shard).parent, shard, f"../{Path(shard).parent.name}_tars"))
+    if not images:
+        return unreadable(shard, f"it holds no images but {len(packed):,} tars, such as {packed[0]}",
+                          f"unpack it: tar -xf {path} -C {folder} && mv {path} {folder}/..")
+    unpack = (f'cd {folder} && mkdir {tars} && for t in *.tar; do mkdir "${{t%.tar}}" && tar -xf "$t" -C "${{t%.tar}}" && '
+              f'mv "$t" {tars}; done')
+    return unreadable(shard, f"its {len(images):,} images have no label beside them, such as KEY.cls with a class's number",
+                      f"where each tar is a class, as ImageNet's, make folders of them: {unpack}")
 
 
 def check_is_tar(file, shard):
@@ -175,11 +199,12 @@ def check_is_tar(file, shard):
 
 
 def sort_out(file, size):
-    """-> images {key: (start, bytes, name)} and labels {key: (rank of its kind, start, bytes, name, label)} of a tar"""
-    images, labels = {}, {}
+    """-> images {key: (start, bytes, name)}, labels {key: (rank of its kind, start, bytes, name, label)} and names of tars in a tar"""
+    images, labels, packed = {}, {}, []
     for start, end, member in members(file, size):
         key, extension = split_name(member.name)
         if member.isdir() or (extension not in EXTENSIONS and extension not in LABELS):
+            packed += [shown(member.name)] if member.isreg() and extension == ".tar" else []
             continue
         name, is_image = shown(member.name), extension in EXTENSIONS
         if not member.isreg() or member.issparse():
@@ -204,7 +229,7 @@ def sort_out(file, size):
             label = error  # perhaps none at all: an image that needs it says so
         if label is not None:
             labels[key] = rank, start, end - start, name, label
-    return images, labels
+    return images, labels, packed
 
 
 def pair(images, labels):
@@ -253,9 +278,11 @@ def numbers(count):
 def number_of(label, name, classes):
     """The class of a label that read_label gave, classes: {name: number}."""
     if isinstance(label, str):
-        if label not in classes:
+        if label in classes:
+            return classes[label]
+        if not NUMERAL.fullmatch(label):
             raise ValueError(f"{name}: its label '{shown(label[:80])}' is no class's number, nor the name of one")
-        return classes[label]
+        label = int(label)
     if not 0 <= label < len(classes):
         raise ValueError(f"{name}: its label {label} is not one of the {len(classes)} classes, 0 to {len(classes) - 1}")
     return label
@@ -265,16 +292,17 @@ def scan(shards, classes=None, named=False):
     """Read shards from header to header. -> Index
 
     classes: names that are known; numbers alone may turn out to be too few. Without names the numbers in the labels are the
-    names, and labels that are all names are numbered in their order. Raises DataError.
+    names, and labels that are all texts, of which some are no numerals, are names and numbered in their order. Raises DataError.
     """
     with ThreadPoolExecutor(8) as pool:  # they wait for the disk
         parts = list(pool.map(scan_shard, shards))
     if not named:
         labels = [label for _, _, found, _ in parts for label, _ in found]
-        if labels and all(isinstance(label, str) for label in labels):
+        numerals = [int(label) for label in labels if not isinstance(label, str) or NUMERAL.fullmatch(label)]
+        if len(numerals) < len(labels) and all(isinstance(label, str) for label in labels):
             classes, named = sorted(set(labels)), True
         else:
-            largest = max((label for label in labels if not isinstance(label, str) and label < MOST_CLASSES), default=-1)
+            largest = max((label for label in numerals if label < MOST_CLASSES), default=-1)
             classes = numbers(max(largest + 1, len(classes or ())))
     known = {name: i for i, name in enumerate(classes)}
     for shard, (_, records, found, _) in zip(shards, parts):
@@ -334,7 +362,11 @@ def read_index(folder, shards):
         index = Index(content["classes"], content["named"], [counts[name] for name in names], [sizes[name] for name in names],
                       read_records(folder, content))
         for shard, size in zip(shards, index.sizes):
-            if (found := os.stat(shard).st_size) != size:
+            try:
+                found = os.stat(shard).st_size
+            except OSError as error:
+                raise unreadable(shard, reason(error)) from error
+            if found != size:
                 raise unreadable(shard, f"it has {found:,} bytes, and {size:,} by its index",
                                  f"write it again, or where it is whole its index: {remedy(folder)}")
     else:
@@ -376,7 +408,7 @@ def write_index(folder, classes=None):
 
     -> Index. Raises ValueError where the shards are not whole or a label is outside the names.
     """
-    folder, aside = Path(folder), []
+    folder = Path(folder)
     shards = find(folder)
     if not shards:
         raise ValueError(f"{shown(folder)} holds no tar shards")
@@ -388,14 +420,12 @@ def write_index(folder, classes=None):
     index = scan(shards, classes if classes is not None else content.get("classes"), named)
     data, names = BytesIO(), [Path(shard).name for shard in shards]
     np.save(data, index.records, allow_pickle=False)
-    for path, ours in ((folder / "index.json", bool(content)), (folder / "index.npy", holds_records(folder / "index.npy"))):
-        if os.path.lexists(path) and not ours:
-            aside.append((path.name, set_aside(path)))
+    others = [path for path, ours in ((folder / "index.json", bool(content)), (folder / "index.npy", holds_records(folder / "index.npy")))
+              if os.path.lexists(path) and not ours]
     content = {"classes": index.classes, "named": index.named, "shards": dict(zip(names, index.counts)),
                "bytes": dict(zip(names, index.sizes)), "crc32": zlib.crc32(data.getvalue())}
-    replace(folder / "index.npy", data.getvalue())
-    replace(folder / "index.json", (json.dumps(content, indent=1) + "\n").encode())
-    return index._replace(aside=aside)
+    return index._replace(aside=replace({
+        folder / "index.npy": data.getvalue(), folder / "index.json": (json.dumps(content, indent=1) + "\n").encode()}, others))
 
 
 def holds_records(path):
@@ -415,17 +445,38 @@ def set_aside(path):
     return name
 
 
-def replace(path, data):
-    """A file that is whole or not there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+def replace(files, others=()):
+    """Write {path: data}. All are whole on the disk before the first gets its name: where one fails, nothing has changed.
+
+    others: files that make room first. -> [(name, its new name)] of them. Raises ValueError where the disk says no.
+    """
+    beside = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
     try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        for path, data in files.items():
+            with writing(path), open(beside[path], "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        with writing(path.parent):
+            aside = [(other.name, set_aside(other)) for other in others]
+            for path in files:
+                os.replace(beside[path], path)
+        return aside
     finally:
-        beside.unlink(missing_ok=True)
+        for path in beside.values():
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A disk's error within becomes a ValueError: one line with the path, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        remedy = {errno.ENOSPC: "make room on its disk", errno.EDQUOT: "make room, the quota is used up",
+                  errno.ENAMETOOLONG: "choose a shorter name"}.get(error.errno, "make the folder writable, or choose another")
+        raise ValueError(f"cannot write {shown(path)} ({reason(error)}): {remedy}") from error
 
 
 # ---- reading ----

@@ -1,5 +1,6 @@
 """Tar shards: what is in them is read or said in one line; each image once an epoch; written whole or not at all."""
 import bz2
+import errno
 import gzip
 import hashlib
 import io
@@ -10,6 +11,7 @@ import pickle
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -521,6 +523,27 @@ def test_labels_that_are_names(tmp_path):
         tmp_path, members + [("3.png", picture()), ("3.cls", b"pig")]))
 
 
+def test_names_of_which_some_are_numerals_are_names(tmp_path):
+    """In JSON a text is no number; texts that are all numerals are the numbers that they always were."""
+    names = ["cat", "7", "500", "cat", "7"]
+    folder = split_of(tmp_path, [part for i, name in enumerate(names) for part in (
+        (f"{i}.png", picture(i)), (f"{i}.json", json.dumps({"label": name}).encode()))])
+    for _ in range(2):
+        found = ShardedImages(shards.find(folder), plain)
+        assert (found.classes, found.named) == (["500", "7", "cat"], True)
+        assert [label for _, label in content_of(folder)] == [2, 1, 0, 2, 1]
+        shards.write_index(folder)
+    numerals = split_of(tmp_path / "numerals", [part for i in range(12) for part in (
+        (f"{i:02d}.png", picture(i)), (f"{i:02d}.json", b'{"cls": "%d"}' % i))])
+    found = ShardedImages(shards.find(numerals), plain)
+    assert (found.classes, found.named, found.targets.tolist()) == ([str(i) for i in range(12)], False, list(range(12)))
+
+
+def test_a_name_among_numbers_is_a_mistake(tmp_path):
+    mixed = split_of(tmp_path, [*pairs(3), ("7.png", picture()), ("7.json", b'{"label": "cat"}')])
+    assert "7.json: its label 'cat' is no class's number, nor the name of one" in refusal(mixed)
+
+
 @pytest.mark.parametrize("what", ["dots", "dotted folders", "unsorted", "labels first", "macOS", "README", "upper case",
                                   "masks", "input.png", "long names", "long names of GNU's", "directories", "captions",
                                   "a global header", "an old tar"])
@@ -720,6 +743,31 @@ def test_class_folders_beside_a_tar_are_not_guessed_about(tiny_folder, tmp_path,
                                               "(backup.tar): which are the data? Move the others away\n")
 
 
+def test_imagenets_tars_of_one_class_are_refused_with_the_line_that_unpacks_them(tiny_folder, tmp_path, run_main):
+    """The line makes the folders of them, and loses nothing."""
+    root = tmp_path / "image net"
+    shutil.copytree(tiny_folder / "val", root / "val")
+    for folder in sorted((tiny_folder / "train").iterdir()):
+        write_tar(root / "train" / f"{folder.name}.tar", [(path.name, path.read_bytes()) for path in sorted(folder.iterdir())])
+    line = refusal(root / "train")
+    assert line.startswith(f"cannot read the shard {root}/train/flower.tar (its 8 images have no label beside them, such as KEY.cls with a "
+                           f"class's number): where each tar is a class, as ImageNet's, make folders of them: cd '{root}/train' && ")
+    subprocess.run(["bash", "-euc", line.partition("make folders of them: ")[2]], check=True)
+    train, val, classes = datasets.build_datasets(root, "IMNET", None, None)
+    assert classes == CLASSES and len(train) == 24 and sorted(os.listdir(root)) == ["train", "train_tars", "val"]
+    assert sorted(os.listdir(root / "train_tars")) == ["flower.tar", "leaves.tar", "temple.tar"]
+
+
+def test_a_tar_of_tars_is_to_be_unpacked(tmp_path):
+    inner = split_of(tmp_path / "inner", pairs(2)) / "x.tar"
+    folder = split_of(tmp_path, [("n01440764.tar", inner.read_bytes()), ("n01443537.tar", inner.read_bytes())])
+    line = refusal(folder)
+    assert line == (f"cannot read the shard {folder}/x.tar (it holds no images but 2 tars, such as n01440764.tar): unpack it: "
+                    f"tar -xf {folder}/x.tar -C {folder} && mv {folder}/x.tar {folder}/..")
+    subprocess.run(["bash", "-euc", line.partition("unpack it: ")[2]], check=True)
+    assert sorted(os.listdir(folder)) == ["n01440764.tar", "n01443537.tar"]
+
+
 def test_a_folder_called_tar_is_a_class(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "pitch.tar").mkdir(parents=True)
@@ -748,6 +796,20 @@ def test_hidden_files_are_no_shards(numbered):
 def test_what_is_no_file_does_not_wait(numbered, what):
     os.mkfifo(numbered / "2.tar") if what == "fifo" else (numbered / "2.tar").symlink_to("nowhere")
     assert refusal(numbered).startswith(f"cannot read the shard {numbered}/2.tar (")
+
+
+def test_a_shard_that_is_gone_and_a_folder_that_may_not_be_read_are_one_line(numbered, monkeypatch):
+    """The index knows a shard, and its name is left: as a link to nowhere."""
+    shards.write_index(numbered)
+    (numbered / "1.tar").unlink()
+    (numbered / "1.tar").symlink_to("nowhere")
+    (numbered / "self").symlink_to("self")
+    assert refusal(numbered) == f"cannot read the shard {numbered}/1.tar (No such file or directory): write it again"
+
+    def guarded(path):
+        raise PermissionError(13, "Permission denied", path)
+    monkeypatch.setattr(os, "scandir", guarded)  # root may read all
+    assert refusal(numbered) == f"cannot look into the folder {numbered} (Permission denied): make it readable"
 
 
 @pytest.mark.parametrize("name", ["data:v2", "pipe:touch owned", "pipe:cat x; touch owned", "http:", "$(touch owned)", "a b%d{0..3}::"])
@@ -851,12 +913,72 @@ def test_two_at_once_to_one_folder(tiny_folder, tmp_path, monkeypatch):
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["s", "s/first"]
 
 
-def test_a_write_that_fails_leaves_nothing(tiny_folder, tmp_path, monkeypatch):
-    def full(path):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(shards, "replace", lambda *_: full(None))
-    with pytest.raises(OSError, match="No space left"):
-        write_shards(tiny_folder, tmp_path / "tars")
+DISK = {errno.ENOSPC: "make room on its disk", errno.EDQUOT: "make room, the quota is used up",
+        errno.EACCES: "make the folder writable, or choose another", errno.EROFS: "make the folder writable, or choose another"}
+
+
+@pytest.mark.parametrize("number", DISK)
+@pytest.mark.parametrize("call", ["mkdir", "fsync", "replace", "rename"])
+def test_a_disk_that_says_no_is_one_line_and_leaves_nothing(tiny_folder, tmp_path, monkeypatch, command, number, call):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(SystemExit) as caught:
+        command("shards", tiny_folder, tmp_path / "tars")
+    monkeypatch.undo()
+    path, said = re.fullmatch(r"error: cannot write (\S+) \((.+\): .+)", caught.value.code).groups()
+    assert said == f"{os.strerror(number)}): {DISK[number]}" and path.startswith(str(tmp_path)) and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", DISK)
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_an_index_that_cannot_be_written_leaves_the_old_one(numbered, monkeypatch, command, number, call):
+    shards.write_index(numbered)
+    before = everything(numbered)
+    write_tar(numbered / "2.tar", pairs(3, 12))
+
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(SystemExit) as caught:
+        command("index", numbered.parent)
+    monkeypatch.undo()
+    assert re.fullmatch(rf"error: cannot write {numbered}(/index\.\w+)? \({os.strerror(number)}\): {DISK[number]}", caught.value.code)
+    (numbered / "2.tar").unlink()
+    assert everything(numbered) == before and content_of(numbered) == EXPECTED
+
+
+def test_another_tools_index_stays_where_ours_cannot_be_written(numbered, monkeypatch):
+    (numbered / "index.json").write_text('{"shardlist": []}')
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(ValueError, match="make room on its disk"):
+        shards.write_index(numbered)
+    assert sorted(os.listdir(numbered)) == ["0.tar", "1.tar", "index.json"]
+
+
+def test_shards_larger_than_a_file_may_be(tiny_folder, tmp_path):
+    """A limit of the system's, in a process of its own: the disk's own no."""
+    script = f"ulimit -f 8; exec {shlex.quote(sys.executable)} {shlex.quote(datasets.__file__)} shards {shlex.quote(str(tiny_folder))} tars"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == f"error: cannot write {tmp_path}/tars (File too large): make the folder writable, or choose another\n"
+    assert done.returncode == 1 and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name, said", [("n" * 250, None), ("n" * 256, "File name too long"), ("中" * 80, None)])
+def test_long_names_of_the_new_folder(tiny_folder, tmp_path, command, monkeypatch, name, said):
+    """One that is too long is said before anything is written; the hidden folder beside it has a short name of its own."""
+    if said is None:
+        command("shards", tiny_folder, tmp_path / name)
+        assert len(datasets.build_dataset(False, tmp_path / name)[0]) == 11
+        return
+    monkeypatch.setattr(shards, "write", None)
+    for words in (("shards", tiny_folder, tmp_path / name), ("digits", tmp_path / name)):
+        with pytest.raises(SystemExit) as caught:
+            command(*words)
+        assert said in caught.value.code and "\n" not in caught.value.code and "choose a" in caught.value.code
     assert os.listdir(tmp_path) == []
 
 
