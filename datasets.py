@@ -25,7 +25,7 @@ import shards
 from decode import EXTENSIONS, READ_ERRORS, DataError, load_rgb, open_file, reason
 from folders import ClassFolders, is_
 from transforms import build_transform  # noqa: F401  upstream's place for it
-from utils import shown
+from utils import open_output, shown
 
 
 def build_dataset(is_train, data_path, data_set="IMNET", transform=None, inat_category="name"):
@@ -247,6 +247,7 @@ def write_shards(source, target, maxcount=5000):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is half-written goes away
+    open_output()
     command, *paths = sys.argv[1:] or ["help"]
     paths = [Path(path) for path in paths]
     try:
@@ -267,5 +268,7 @@ if __name__ == "__main__":
                       *shards.left_out(index), *(f"{old} was another's, and is now {new}" for old, new in index.aside), sep="; ")
         else:
             sys.exit(__doc__)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {shown(error)}")

@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 
 import options
+import utils
 import versions
 from precision import make_precision, native_bf16
 from versions import cuda_build, installed, release
@@ -248,7 +249,6 @@ def check_data(args):
     import datasets
     import labels
     import shards
-    import utils
     if args.data_set == "DIGITS" and not Path(args.data_path, "train").is_dir():
         yield ok("data", f"the digits are written into {args.data_path} by the first training")
         return
@@ -290,7 +290,6 @@ def sample(n, args):
 def look_at(images, classes, args, wide=None):
     """Read a sample of the images, or all. -> how many, what is wrong with the bad ones. wide: a list for those of more than 8 bits"""
     import decode
-    import utils
     chosen = sample(len(images), args)
 
     def fault(index):
@@ -424,6 +423,7 @@ def run(argv=None):
             raise ValueError(f"--images is {args.images}, and must be at least 1")
     except ValueError as error:
         parser.error(str(error))
+    utils.open_output()
     checks, failed = {"device": check_device, "data": check_data, None: check_all}[args.child], False
     try:
         for level, name, text in checks(args):

@@ -476,7 +476,7 @@ def stop(*_):
 def run(argv=None):
     """main with errors turned into an exit status."""
     args = options.parse(argv)
-    utils.print_any_name()
+    utils.open_output()
     signal.signal(signal.SIGTERM, stop)
     try:
         main(args)

@@ -192,7 +192,7 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="auto")
     parser.add_argument("--images", type=int, default=40, help=f"how many images to show, 1 to {MOST}")
     given = parser.parse_args()
-    utils.print_any_name()
+    utils.open_output()
     try:
         for picture in report(given.folder, given.data_path, given.device, given.images):
             print(picture)

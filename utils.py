@@ -9,8 +9,6 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from tqdm import tqdm
-
 WARMUP_STEPS = 5  # steps of an epoch that fps leaves out: compilers, caches and loader workers start up in them
 
 
@@ -32,6 +30,7 @@ class MetricLogger:
         self.quiet, self.clock = quiet, clock
         self.bar = None
         if not quiet and sys.stdout.isatty() and shutil.get_terminal_size((0, 0)).columns:
+            from tqdm import tqdm  # here: doctor.py speaks where nothing is installed
             self.bar = tqdm(total=total, desc=header, unit="it", dynamic_ncols=True, file=sys.stdout)
         self.sums, self.counts = {}, {}
 
@@ -95,11 +94,49 @@ class MetricLogger:
                   f"fps:{self.fps():.2f}", flush=True)
 
 
-def print_any_name():
-    """Names of files and classes may hold characters that the terminal's or the log's encoding lacks: they are escaped."""
-    for stream in (sys.stdout, sys.stderr):
+class Output:
+    """A stream whose end ends nothing: what cannot be written (its reader has ended, its disk is full) is left out.
+
+    The first time `say` is told, if there is one. Everything else is the stream's own.
+    """
+
+    def __init__(self, stream, say=None):
+        self.stream, self.say = stream, say
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def attempt(self, action):
+        try:
+            action()
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):  # for ever, so what is buffered need not be tried again at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            say, self.say = self.say, None
+            if say:
+                say(f"note: the output cannot be written any more ({error.strerror}): this goes on without")
+
+    def write(self, text):
+        self.attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+
+def open_output():
+    """Standard output and standard error that end no run: where one is closed, its reader has ended or its disk is full, and
+    where names of files and classes hold characters that its encoding lacks (they are escaped)."""
+    while (file := os.open(os.devnull, os.O_RDWR)) < 3:  # a closed one: the next file that is opened would take its place
+        pass
+    os.close(file)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  it stays open
+        if isinstance(stream, Output):
+            continue
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, Output(stream, say=(lambda text: print(text, file=sys.stderr, flush=True)) if name == "stdout" else None))
 
 
 def append_json(path, row):

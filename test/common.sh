@@ -4,7 +4,11 @@
 # A script sets its defaults (kind, nproc, epochs, ...), calls parse_options "$@", checks its paths, and calls train.
 # Nothing here changes the working directory: relative paths, also in options for main.py, are the caller's.
 
-set -euo pipefail
+set -euo pipefail +o posix +o noclobber
+trap '' PIPE # a reader of the output that ends (| head) ends no training, whose log goes on
+for output in 1 2; do # a closed one: the next file that is opened would take its place
+    [[ -e /dev/fd/$output ]] || eval "exec $output>/dev/null"
+done
 
 test_dir=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
 repo=$(dirname -- "$test_dir")
@@ -18,7 +22,7 @@ data_path='' finetune_pth='' device=auto device_id='' output_dir='' resume=''
 recipe=() extra=() # options for main.py: the script's, the user's
 
 print_help() {
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' -- "$0"
+    sed -n -e '2,/^[^#]/s/^# \{0,1\}//p' -- "$0"
     cat <<TEXT
 
   --data_path=FOLDER      the images: train/CLASS/*, val/CLASS/*
@@ -175,7 +179,7 @@ open_run_dir() {
         flock -n "$lock" || fail "another run is using $run_dir: wait for it, or give this one another --device_id"
     fi
     if [[ $resume == auto && -e $run_dir ]]; then
-        earlier=$(LC_ALL=C sed -n 's/^\[Info\] command: \([^ ]*\).*/\1/p' -- "$train_log" 2>/dev/null | tail -n 1)
+        earlier=$(LC_ALL=C sed -n -e 's/^\[Info\] command: \([^ ]*\).*/\1/p' -- "$train_log" 2>/dev/null | tail -n 1) || true
         [[ $output_dir || ! $earlier || $earlier == "$script" ]] \
             || fail "$run_dir holds a run of $earlier, not of this script: name the file, --resume=FOLDER/ckpt/checkpoint.pth"
     elif [[ -e $run_dir ]]; then
@@ -188,7 +192,8 @@ open_run_dir() {
         info "the earlier run is now in $aside"
     fi
     output_dir=${output_dir:-$run_dir/ckpt}
-    mkdir -p -- "$run_dir" || fail "cannot make $run_dir"
+    mkdir -p -- "$run_dir" 2>/dev/null && { : >>"$train_log"; } 2>/dev/null \
+        || fail "cannot write to $train_log: make the folder writable, or move it away"
 }
 
 # What this run starts from may be an earlier run's: --finetune_pth=output/ckpt/checkpoint.pth. That folder is about to
@@ -245,7 +250,8 @@ train() {
     prepare_device
     open_run_dir
 
-    local command=("$PYTHON" -m torch.distributed.run --nproc_per_node "$nproc")
+    # torchrun as -m starts it, but for the working directory on Python's path: a random.py there would be taken for Python's own.
+    local command=("$PYTHON" -c 'import sys; sys.path.remove(""); from torch.distributed.run import main; main()' --nproc_per_node "$nproc")
     case ${MASTER_ADDR:-localhost} in
         localhost | 127.* | ::1) ;;
         *) warn "MASTER_ADDR=$MASTER_ADDR has no effect: the processes of a script are on this machine (for several machines: torchrun --nnodes=N ... main.py)" ;;
@@ -271,7 +277,7 @@ train() {
     json_before=$(last_json)
     log_bytes=$(wc -c 2>/dev/null <"$train_log") || log_bytes=0
     run_logged "${command[@]}" || status=$?
-    write_results "$status" $(($(date +%s) - started))
+    write_results "$status" $(($(date +%s) - started)) || status=$((status ? status : 1))
     ((status == 0)) || show_error "$status"
     return "$status"
 }
@@ -328,9 +334,9 @@ number() { # FORMAT NUMBER: nothing stays nothing
 # which stand below. Loss is the last. By name from log.txt, else from the readable log. The log of a run that was resumed
 # holds the earlier ones, too: all of them make the curve of the loss, and this one the fps.
 write_results() { # STATUS SECONDS
-    local fps='' mean_fps='' accuracy='' last_accuracy='' loss global_batch time=''
-    LC_ALL=C sed -n 's/^Epoch: .* loss: \([^ ]*\).*/\1/p' -- "$train_log" >"$run_dir/train_${case_name}_loss.txt"
-    this_run | LC_ALL=C sed -n 's/^Epoch: .* loss: .* fps:\([0-9.]*\).*/\1/p' >"$run_dir/train_${case_name}_fps.log"
+    local fps='' mean_fps='' accuracy='' last_accuracy='' loss global_batch time='' written=true
+    LC_ALL=C sed -n -e 's/^Epoch: .* loss: \([^ ]*\).*/\1/p' -- "$train_log" >"$run_dir/train_${case_name}_loss.txt" || written=
+    this_run | LC_ALL=C sed -n -e 's/^Epoch: .* loss: .* fps:\([0-9.]*\).*/\1/p' >"$run_dir/train_${case_name}_fps.log" || written=
     loss=$(json_value train_loss)
     loss=$(number %.6g "${loss:-$(log_value '^Epoch: .* loss: \([^ ]*\).*')}")
     if (($1 == 0)); then
@@ -347,7 +353,7 @@ write_results() { # STATUS SECONDS
         info "FPS: $fps in the last epoch (ActualFPS), ${mean_fps:-none} the mean of this run's lines; accuracy: ${accuracy:-none} the best (TrainAccuracy), ${last_accuracy:-none} the last" \
             | tee -a -- "$train_log"
     fi
-    cat >"$run_dir/$case_name.log" <<TEXT
+    cat >"$run_dir/$case_name.log" <<TEXT || written=''
 Network = $network
 RankSize = $nproc
 BatchSize = $batch_size
@@ -361,12 +367,9 @@ E2ETrainingTime = $2
 MeanFPS = $mean_fps
 LastAccuracy = $last_accuracy
 TEXT
-    cat <<TEXT
------------------- Final result ------------------
-Final Performance images/sec : $fps
-Final Train Accuracy : $accuracy
-E2E Training Duration sec : $2
-TEXT
+    say "------------------ Final result ------------------" "Final Performance images/sec : $fps" \
+        "Final Train Accuracy : $accuracy" "E2E Training Duration sec : $2"
+    [[ $written ]] || { warn "the results cannot be written to $run_dir: is the disk full?"; return 1; }
 }
 
 show_error() { # STATUS: what matters of the log, without torchrun's own report
@@ -377,8 +380,8 @@ show_error() { # STATUS: what matters of the log, without torchrun's own report
         lines=$(this_run | LC_ALL=C sed '/torch.distributed.elastic.*failed (exitcode/,$d' | LC_ALL=C grep -avE '^[IWE][0-9]{4} ' | tail -n 15) || true
         remedy=$(known_remedy "$1")
     fi
-    printf '[Error] training ended with status %s; the end of %s:\n%s\n' "$1" "$train_log" "$lines" >&2
-    [[ ! $remedy ]] || printf '[Error] %s\n' "$remedy" >&2
+    say "[Error] training ended with status $1; the end of $train_log:" "$lines" >&2
+    [[ ! $remedy ]] || say "[Error] $remedy" >&2
 }
 
 known_remedy() { # STATUS: for failures that main.py has no chance to explain

@@ -12,10 +12,11 @@
 setup_root=$(dirname -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")") # also where this was called through a link
 
 # A message is one line, whatever stands in the paths and values it quotes.
-info() { printf '[Info] %s\n' "${1//[[:cntrl:]]/?}"; }
-warn() { printf '[Warning] %s\n' "${1//[[:cntrl:]]/?}" >&2; }
+say() { printf '%s\n' "$@" 2>/dev/null || true; } # where nobody can read it nothing ends
+info() { say "[Info] ${1//[[:cntrl:]]/?}"; }
+warn() { say "[Warning] ${1//[[:cntrl:]]/?}" >&2; }
 fail() { # MESSAGE [STATUS]
-    printf '[Error] %s\n' "${1//[[:cntrl:]]/?}" >&2
+    say "[Error] ${1//[[:cntrl:]]/?}" >&2
     exit "${2:-1}"
 }
 
@@ -28,6 +29,8 @@ check_python() { # PYTHON FILE...
     { output=$("$1" - "${@:2}" <<'PYTHON'
 import os
 import sys
+
+sys.path[:] = filter(None, sys.path)  # the working directory may hold a random.py
 
 
 def answer(status, problem=""):

@@ -2,6 +2,7 @@
 # The whole way on a fresh machine: an environment, a small set of real images (scikit-learn's digits), training, pictures.
 #   bash test/train_demo_1p.sh
 
+[ "${BASH_VERSION:-}" ] || exec bash -- "$0" "$@" # called as sh FILE
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/common.sh"
 
 kind=acc nproc=1 epochs=8 batch_size=32
@@ -17,5 +18,4 @@ if [[ ! $data_path ]]; then
 fi
 train
 "$PYTHON" "$repo/report.py" "$output_dir" --data-path "$data_path" --device "$device" >/dev/null
-echo "Loss and accuracy by epoch: $output_dir/curves.png"
-echo "Validation images with true and predicted class: $output_dir/predictions.png"
+say "Loss and accuracy by epoch: $output_dir/curves.png" "Validation images with true and predicted class: $output_dir/predictions.png"

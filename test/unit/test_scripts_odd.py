@@ -1,10 +1,14 @@
 """The run scripts where names, environments and logs are odd: links, line breaks, a Python that talks, bytes that are no text."""
+import os
+import shlex
 import socket
+import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 from test_scripts import (  # noqa: F401  fixtures
+    BASH,
     FINETUNE_1P,
     FULL_8P,
     PERF_1P,
@@ -110,6 +114,52 @@ def test_master_addr_and_a_port_that_is_none(repo, run, tmp_path):  # noqa: F811
     for port in ("abc", "0", "65536", "-1"):
         done = run(repo / "test" / PERF_1P, data, MASTER_PORT=port, check=1)
         assert done.stderr == f"[Error] MASTER_PORT={port} is no port: a number from 1 to 65535, or unset it, and a free one is taken\n"
+
+
+@pytest.mark.parametrize("output", [">&-", ">&- 2>&-", "2>&-", "| head -n 1", ">/dev/full"])
+def test_an_output_that_nobody_takes_ends_no_training(repo, run, tmp_path, output):  # noqa: F811
+    """Closed, a reader that ends, a full disk: the run goes on, its log and its results are whole, its status is its own."""
+    run(repo / "test" / PERF_1P, f"--data_path={tmp_path / 'da ta'}", check=0)  # moved aside by the next: one more line that is said
+    script = f"{shlex.quote(str(repo / 'test' / PERF_1P))} --data_path={shlex.quote(str(tmp_path / 'da ta'))}"
+    for status in (0, 3):
+        (tmp_path / "call.sh").write_text(f"bash {script} --sleep=0.2 --status={status} {output}\nexit ${{PIPESTATUS[0]}}\n")
+        done = run(tmp_path / "call.sh")
+        assert done.returncode == status, done.stderr
+        assert "Epoch: [1]" in (repo / "test/output/0/train_0.log").read_text()
+        log = results(repo / "test/output/0/Twins-GVT-Small_bs128_1p_perf.log")
+        assert log["ActualFPS"].strip() == ("" if status else "201.50") and log["ActualLoss"].strip() != ""
+
+
+def test_a_working_directory_with_modules_of_pythons_names(repo, run, tmp_path):  # noqa: F811
+    """Neither the search for a Python nor torchrun takes them for Python's own or the requirements'; main.py's own are main.py's."""
+    (tmp_path / "mine").mkdir()
+    for name in ("random", "email", "csv", "zipfile", "subprocess", "packaging", "torch", "argparse", "datasets", "utils"):
+        (tmp_path / "mine" / f"{name}.py").write_text(f"raise SystemExit('taken: {name}')\n")
+    data = f"--data_path={tmp_path / 'da ta'}"
+    for launcher in ({}, TORCHRUN):
+        done = run(repo / "test" / PERF_1P, data, cwd=tmp_path / "mine", **launcher)
+        assert (done.returncode, "taken" in done.stdout + done.stderr) == (0, False), done.stdout + done.stderr
+
+
+def test_sh_and_shells_with_options_of_their_own(repo, run, tmp_path, python_path, quick_launcher):  # noqa: F811
+    data = f"--data_path={tmp_path / 'da ta'}"
+    env = os.environ | {"PATH": f"{python_path}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(quick_launcher)}
+    for shell, variables in ((["sh"], {}), ([BASH, "--posix"], {"POSIXLY_CORRECT": "1"}), ([BASH, "-C"], {})):
+        done = subprocess.run([*shell, repo / "test" / PERF_1P, data], env=env | variables, capture_output=True, text=True)
+        assert done.returncode == 0 and "Final Performance images/sec : 201.50\n" in done.stdout, done.stderr
+
+
+def test_a_disk_that_takes_no_log(repo, run, tmp_path):  # noqa: F811
+    """A folder where the log should be is said before the training; results that do not fit are said after it."""
+    data = f"--data_path={tmp_path / 'da ta'}"
+    (repo / "test/output/0/train_0.log").mkdir(parents=True)
+    done = run(repo / "test" / PERF_1P, data, "--resume=auto", check=1)
+    assert done.stderr == f"[Error] cannot write to {repo}/test/output/0/train_0.log: make the folder writable, or move it away\n"
+    (tmp_path / "call.sh").write_text(f"ulimit -f 0\nexec bash {shlex.quote(str(repo / 'test' / PERF_1P))} {shlex.quote(data)} "
+                                      f"--status=2 --output_dir={shlex.quote(str(tmp_path / 'out'))}\n")
+    (repo / "test/output/0/train_0.log").rmdir()
+    done = run(tmp_path / "call.sh")
+    assert done.returncode != 0 and f"the results cannot be written to {repo}/test/output/0: is the disk full?" in done.stderr
 
 
 def free_port():

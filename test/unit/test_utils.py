@@ -2,9 +2,11 @@
 import json
 import os
 import re
+import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from utils import WARMUP_STEPS, MetricLogger, append_json, keep_epochs_before
 
@@ -184,3 +186,29 @@ def test_a_resumed_run_drops_the_rows_it_writes_again_and_a_half_written_one(tmp
 def test_without_a_json_log_there_is_nothing_to_drop(tmp_path):
     keep_epochs_before(tmp_path / "log.txt", 2)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("output, said", [
+    (">&-", ""), (">&- 2>&-", ""), ("2>&-", ""), ("<&- >&- 2>&-", ""),
+    ("| head -n 1", "note: the output cannot be written any more (Broken pipe): this goes on without\n"),
+    (">/dev/full", "note: the output cannot be written any more (No space left on device): this goes on without\n")])
+def test_an_output_that_nobody_takes_ends_nothing(tmp_path, output, said):
+    """Nor does a file that is opened later come where a closed output was: what C code prints there would be written into it."""
+    (tmp_path / "run.py").write_text(
+        "import os, sys, utils\nutils.open_output()\nkept = open('log.txt', 'w')\n"
+        "for i in range(3000):\n    print('caf\\u00e9', i, flush=i % 2 == 0)\nprint('error', file=sys.stderr)\n"
+        "os.write(1, b'from C') if kept.fileno() < 3 else None\nkept.write('whole')\n")
+    script = f"'{sys.executable}' run.py {output}\nexit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert (tmp_path / "log.txt").read_text() == "whole"
+    assert done.returncode == 0 and done.stderr == said + ("" if "2>&-" in output else "error\n")
+
+
+@pytest.mark.parametrize("output", [">&-", "| head -n 1"])
+def test_a_training_whose_output_nobody_takes(tiny_folder, tmp_path, output):
+    words = (f"--device cpu --data-path '{tiny_folder}' --input-size 32 --batch-size 8 --num_workers 0 --epochs 1 --max_step 1 "
+             f"--output_dir '{tmp_path}/run'")
+    script = f"'{sys.executable}' '{ROOT}/main.py' {words} {output}\nexit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/log.txt").read_text())["epoch"] == 0 and (tmp_path / "run/checkpoint.pth").is_file()
