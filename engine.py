@@ -1,6 +1,7 @@
 """What is one epoch? A training loop and an evaluation: plain objects in, a dict of floats out."""
 import contextlib
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,18 @@ class NonFiniteEvaluation(ArithmeticError):
     """The loss of an evaluation is inf or nan: its accuracy is of no order that anything has. All ranks raise it alike."""
 
 
+class Stopped(Exception):
+    """A training or an evaluation that was asked to end, and did so where it can go on."""
+
+
+@dataclass
+class Progress:
+    """How far an epoch is: updates that are done, and the sum and the number of their losses over all ranks."""
+    updates: int = 0
+    loss: float = 0.0
+    losses: int = 0
+
+
 def add_over_ranks(values):
     """Sums of host numbers over all ranks, in double precision."""
     totals = torch.tensor(values, dtype=torch.float64)
@@ -29,22 +42,50 @@ def add_over_ranks(values):
 
 
 def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler, max_norm=0, model_ema=None,
-                    mixup_fn=None, *, accum_steps=1, max_steps=0, print_freq=10, ranks=1, quiet=False, memory=None):
-    """One pass over data_loader, or its first max_steps iterations. -> {lr, loss, fps, steps}
+                    mixup_fn=None, *, accum_steps=1, max_steps=0, print_freq=10, ranks=1, quiet=False, memory=None,
+                    batch_size=None, progress=None, reseed=None, after_update=None):
+    """What is left of one pass over data_loader, or its next max_steps iterations. -> {lr, loss, fps, steps of the pass, ran: of them now}
 
     criterion(images, outputs, targets) -> scalar. loss_scaler: a Precision. model_ema: has update(model).
     accum_steps: iterations whose mean gradient makes one update. ranks: processes that train together.
-    memory: a function that says the memory in MB.
+    memory: a function that says the memory in MB. batch_size: of the loader, where it does not say so.
+    progress: what is done of the pass, for which data_loader has no batches any more; it is kept up to date.
+    reseed(step): called before anything is drawn at random for an iteration.
+    after_update(settle): called after each; where it is true, the pass ends there. `progress` has all losses only after settle(), which
+    all ranks call together.
 
     The host never waits for the device inside a step. It does at the end of a window of print_freq steps, to read the
     losses; there all ranks learn together whether one was not finite, and raise NonFiniteLoss.
     """
     model.train()
-    total = min(len(data_loader), max_steps or len(data_loader))
-    log = MetricLogger(f"Epoch: [{epoch}]", total, (getattr(data_loader, "batch_size", None) or 1) * ranks, print_freq, quiet)
+    progress = Progress() if progress is None else progress
+    first = progress.updates * accum_steps
+    total = min(len(data_loader), first + max_steps if max_steps else len(data_loader))
+    images_a_step = (batch_size or getattr(data_loader, "batch_size", None) or 1) * ranks
+    log = MetricLogger(f"Epoch: [{epoch}]", total, images_a_step, print_freq, quiet)
     window = []  # of (loss on the device, names)
+
+    def read_losses(step):
+        """-> sum and number of the window's losses over all ranks"""
+        losses = torch.stack([loss for loss, _ in window]).tolist()  # the host waits for the device here
+        finite = [math.isfinite(loss) for loss in losses]
+        total_loss, count, bad = add_over_ranks([sum(losses), len(losses), finite.count(False)])
+        if bad:
+            at = finite.index(False) if False in finite else None
+            raise NonFiniteLoss(epoch, *((None, ()) if at is None else (step + 1 - len(finite) + at, window[at][1])))
+        window.clear()
+        progress.loss, progress.losses = progress.loss + total_loss, progress.losses + int(count)
+        return total_loss, count
+
+    def settle():
+        """Bring `progress` up to this step."""
+        if window:
+            log.add(loss=read_losses(log.last_step))
+
     optimizer.zero_grad()
-    for step, (images, targets, *names) in log.follow(data_loader, limit=total):
+    for step, (images, targets, *names) in log.follow(data_loader, total, first, loss=(progress.loss, progress.losses)):
+        if reseed is not None:
+            reseed(step)
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         if mixup_fn is not None:
@@ -65,26 +106,24 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         # a worker's tensor holds a file open for as long as it lives: keep its numbers
         window.append((loss.detach(), names.tolist() if isinstance(names, torch.Tensor) else names))
         if log.window_ends(step):
-            losses = torch.stack([loss for loss, _ in window]).tolist()  # the host waits for the device here
-            finite = [math.isfinite(loss) for loss in losses]
-            total_loss, count, bad = add_over_ranks([sum(losses), len(losses), finite.count(False)])
-            if bad:
-                first = finite.index(False) if False in finite else None
-                raise NonFiniteLoss(epoch, *((None, ()) if first is None else (step + 1 - len(finite) + first, window[first][1])))
-            log.line(step, optimizer.param_groups[0]["lr"], memory and memory(), loss=(total_loss, count))
-            window.clear()
+            log.line(step, optimizer.param_groups[0]["lr"], memory and memory(), loss=read_losses(step))
+        if update:
+            progress.updates = math.ceil((step + 1) / accum_steps)
+            if after_update is not None and after_update(settle):
+                break
     log.summary()
-    return {"lr": optimizer.param_groups[0]["lr"], "loss": log.average("loss"), "fps": log.fps(),
-            "steps": log.last_step + 1}
+    return {"lr": optimizer.param_groups[0]["lr"], "loss": progress.loss / max(1, progress.losses), "fps": log.fps(),
+            "steps": log.last_step + 1, "ran": log.last_step + 1 - first}
 
 
 @torch.no_grad()
 def evaluate(data_loader, model, device, autocast=contextlib.nullcontext, *, shared=False, print_freq=50, ranks=1,
-             quiet=False, header="Test:"):
+             quiet=False, header="Test:", stopped=lambda: False):
     """Cross entropy and accuracy over every image once. -> {loss, acc1, acc5}, in percent, and the number of images
 
     shared: each rank has its own part of the images; else each has them all. The sums of all ranks are added. A rank
     may have no image. With fewer than 5 classes acc5 counts all of them. The model may be wrapped in DDP.
+    stopped(): asked at each batch; where it is true on one rank, all of them raise Stopped at the end.
     """
     model = getattr(model, "module", model)  # without DDP: ranks may have different numbers of batches
     model.eval()
@@ -103,12 +142,16 @@ def evaluate(data_loader, model, device, autocast=contextlib.nullcontext, *, sha
         loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
         sums.append(torch.stack((loss, best[:, 0].sum(), best.sum())))
         images_seen += len(targets)
+        if stopped():
+            break
         if log.window_ends(step):
             sums[-1].tolist()  # the host waits for the device here, so that the time shown is true
             log.line(step)
     # the host waits for the device here, once an evaluation; sums in double precision, which HCCL does not take
     totals = torch.stack(sums).cpu().double().sum(0).tolist() if sums else [0.0, 0.0, 0.0]
-    loss, acc1, acc5, count = add_over_ranks([*totals, images_seen])
+    loss, acc1, acc5, count, stops = add_over_ranks([*totals, images_seen, bool(stopped())])
+    if stops:
+        raise Stopped
     if not math.isfinite(loss):
         raise NonFiniteEvaluation(f"the loss of the evaluation is not finite ({loss}), so its accuracy means nothing: the weights have "
                                   "diverged, or their logits overflow (--amp off evaluates in fp32)")

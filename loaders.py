@@ -1,45 +1,72 @@
-"""How do batches reach the training? Samplers, worker processes and their seeds."""
+"""How do batches reach the training? Samplers, worker processes, and what is drawn at random for an image."""
 import random
+import signal
+from functools import partial
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from samplers import EvalSampler, RASampler, RunSampler, ShuffleSampler
+from pauses import SIGNALS
+from samplers import EvalSampler, RASampler, RunSampler, ShuffleSampler, TrainingBatches, seed_of
 from shards import ShardedImages
 
 
-def seed_worker(_):
-    """numpy and random follow torch's seed of this worker, which differs between workers, ranks and epochs."""
-    seed = torch.initial_seed() % 2**32
-    np.random.seed(seed)
-    random.seed(seed)
+def leave_signals_to_the_parent(_):
+    """What a terminal or a scheduler sends to the whole group: a worker goes on while the parent ends its update, and ends with it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class DrawnImages(Dataset):
+    """A training set asked by draws (epoch, index, copy): the augmentation of an image follows from seed and draw alone."""
+
+    def __init__(self, images, seed):
+        self.images, self.seed = images, seed
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, draw):
+        epoch, index, copy = draw
+        seed = seed_of(self.seed, epoch, index, copy)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which turns to devices that a worker must not touch
+        return self.images[index]
+
+
+def images_of(loader):
+    """The data set of a loader, without what the loader itself put around it."""
+    return loader.dataset.images if isinstance(loader.dataset, DrawnImages) else loader.dataset
 
 
 def build_loader(dataset, is_train, batch_size, workers, rank=0, ranks=1, seed=0, repeated_aug=False, pin_memory=False,
-                 start_method=None):
-    """Batches of (images, classes, names) for this rank. Training drops the ragged last batch; evaluation pads nothing.
+                 start_method=None, accum_steps=1):
+    """Batches of (images, classes, names) for this rank. Training is whole updates of ranks * accum_steps batches; evaluation pads
+    nothing.
 
-    Raises ValueError for a batch that is larger than this rank's share. Iterate it once an epoch, after set_epoch.
+    Raises ValueError where the data are too few for one update. Iterate it once an epoch, after set_epoch.
     start_method: how workers start, where the system's own way will not do.
     """
-    common = dict(num_replicas=ranks, rank=rank, seed=seed)
+    common = dict(num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0, worker_init_fn=leave_signals_to_the_parent,
+                  multiprocessing_context=start_method if workers else None)
     if not is_train:
-        sampler = EvalSampler(dataset, **common)
-    elif repeated_aug:
-        sampler = RASampler(dataset, **common)
+        return DataLoader(dataset, batch_size=batch_size, sampler=EvalSampler(dataset, num_replicas=ranks, rank=rank, seed=seed), **common)
+    if repeated_aug:
+        sampler = partial(RASampler, dataset, seed=seed)
     elif isinstance(dataset, ShardedImages):
-        sampler = RunSampler(dataset, **common, batch_size=batch_size)
+        sampler = partial(RunSampler, dataset, seed=seed, batch_size=batch_size)
     else:
-        sampler = ShuffleSampler(dataset, **common)
-    if is_train and len(sampler) < batch_size:
+        sampler = partial(ShuffleSampler, dataset, seed=seed)
+    batches = TrainingBatches(sampler, batch_size, rank, ranks, accum_steps)
+    if not len(batches):
+        update = f" and --accum-steps {accum_steps}" if accum_steps > 1 else ""
         raise ValueError(f"the training set has {len(dataset)} images, too few for one batch of {batch_size} on each of {ranks} "
-                         "ranks: use a smaller --batch-size")
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=workers, pin_memory=pin_memory,
-                      drop_last=is_train, persistent_workers=workers > 0, worker_init_fn=seed_worker,
-                      multiprocessing_context=start_method if workers else None,
-                      generator=torch.Generator().manual_seed(seed * 1000 + rank))
+                         f"ranks{update}: use a smaller --batch-size")
+    return DataLoader(DrawnImages(dataset, seed), batch_sampler=batches, **common)
 
 
-def set_epoch(loader, epoch):
-    loader.sampler.set_epoch(epoch)
+def set_epoch(loader, epoch, start=0):
+    """start: batches of this rank that are done already."""
+    loader.batch_sampler.set_epoch(epoch, start)

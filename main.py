@@ -6,10 +6,12 @@
     python main.py --finetune alt_gvt_small.pth --data-path /data/other --epochs 10 --output_dir output/other
     python main.py --eval --resume alt_gvt_small.pth --data-path /data/imagenet
 
-Exit status: 0 done, 2 something is wrong with what was asked for, 3 the loss was not finite, 1 anything else.
+Exit status: 0 done, 2 something is wrong with what was asked for, 3 the loss was not finite, 75 stopped by a signal and saved,
+1 anything else.
 """
 import contextlib
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -41,6 +43,8 @@ import loaders
 import losses
 import networks
 import optim
+import pauses
+import samplers
 import transforms
 import utils
 from precision import is_flat, make_precision
@@ -104,7 +108,7 @@ def preprocessing_of(args, content, path=None):
     return own.override(args.mean, args.std, args.crop_pct, args.interpolation)
 
 
-def build_data(args, ranks, preprocessing=transforms.TWINS):
+def build_data(args, ranks, preprocessing=transforms.TWINS, accum_steps=1):
     """-> training loader (None for an evaluation), validation loader (None for --no-eval), class names"""
     transform = partial(datasets.build_transform, input_size=args.input_size, native_size=options.native_size(args),
                         preprocessing=preprocessing)
@@ -118,7 +122,8 @@ def build_data(args, ranks, preprocessing=transforms.TWINS):
     loader = partial(loaders.build_loader, batch_size=args.batch_size, workers=args.num_workers,
                      seed=args.seed, pin_memory=args.pin_mem and devices.pins_memory(ranks.device),
                      start_method=devices.worker_start_method(ranks.device))
-    train_loader = train and loader(train, True, rank=ranks.rank, ranks=ranks.world_size, repeated_aug=args.repeated_aug)
+    train_loader = train and loader(train, True, rank=ranks.rank, ranks=ranks.world_size, repeated_aug=args.repeated_aug,
+                                    accum_steps=accum_steps)
     shared = dict(rank=ranks.rank, ranks=ranks.world_size) if args.dist_eval else {}
     return train_loader, val and loader(val, False, **shared), classes
 
@@ -181,8 +186,9 @@ def load_weights(args, net, content, path, numbering, say):
     if not isinstance(content, dict) or not {"optimizer", "epoch"} <= set(content):
         say(f"{path} holds weights only: the training starts at epoch {args.start_epoch}")
         return None, None
+    done = content.get("progress")
     say(f"Resuming from {path}, after epoch {content['epoch']}" + (
-        f": --max_step had ended the next one after {content['steps']} iterations, so it begins again" if content.get("steps") else ""))
+        f" and {done['updates']} updates of the next" if isinstance(done, dict) and done.get("updates") else ""))
     return content, path
 
 
@@ -238,10 +244,10 @@ def all_agree(ranks, action):
     return result
 
 
-def build_state(args, ranks, net, precision):
+def build_state(args, ranks, net, precision, accum_steps):
     """-> the State of a training before its first epoch, the peak learning rate"""
     optimizer, schedule, peak_lr = optim.build(
-        net, ranks.device, lr=args.lr, global_batch=global_batch(args, ranks), epochs=args.epochs,
+        net, ranks.device, lr=args.lr, global_batch=global_batch(args, ranks, accum_steps), epochs=args.epochs,
         opt=args.opt, weight_decay=args.weight_decay, momentum=args.momentum, eps=args.opt_eps, betas=args.opt_betas,
         precision=precision.name, sched=args.sched, sched_lag=args.sched_lag, warmup_lr=args.warmup_lr,
         warmup_epochs=args.warmup_epochs, min_lr=args.min_lr, cooldown_epochs=args.cooldown_epochs,
@@ -252,13 +258,30 @@ def build_state(args, ranks, net, precision):
     return State(net, optimizer, schedule, precision, average, args.start_epoch - 1), peak_lr
 
 
-def global_batch(args, ranks):
+def global_batch(args, ranks, accum_steps):
     """Images of one update."""
-    return args.batch_size * ranks.world_size * args.accum_steps
+    return args.batch_size * ranks.world_size * accum_steps
 
 
-def build_epoch(args, ranks, run, train_loader, numbering, preprocessing, say):
-    """-> train_epoch(epoch, max_steps): train_one_epoch with all that stays the same"""
+def accumulation(args, ranks, saved, say):
+    """Batches that make one update of a rank: --accum-steps, or what keeps a resumed run's global batch on other ranks.
+
+    saved: the checkpoint to go on from, or None. Raises ValueError where its global batch cannot be kept.
+    """
+    before, now = (saved or {}).get("global_batch"), global_batch(args, ranks, args.accum_steps)
+    if type(before) is not int or before < 1 or before == now or args.allow_change:
+        return args.accum_steps
+    steps, rest = divmod(before, args.batch_size * ranks.world_size)
+    if rest:
+        raise ValueError(f"the checkpoint's updates are of {before} images, and batches of {args.batch_size} on {ranks.world_size} "
+                         f"ranks cannot make that: choose a --batch-size that can, or go on with {now} images, at another learning rate: "
+                         "--allow-change")
+    say(f"note: --accum-steps {steps} on {ranks.world_size} ranks keeps the checkpoint's global batch of {before} (--allow-change: {now})")
+    return steps
+
+
+def build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preprocessing, say):
+    """-> train_epoch(epoch, max_steps, after_update): train_one_epoch with all that stays the same"""
     teacher = build_teacher(args, numbering, ranks.device, preprocessing, say)
     criterion = losses.DistillationLoss(losses.Criterion(args.smoothing), teacher,
                                         args.distillation_type, args.distillation_alpha, args.distillation_tau)
@@ -271,16 +294,22 @@ def build_epoch(args, ranks, run, train_loader, numbering, preprocessing, say):
         args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
         label_smoothing=args.smoothing, num_classes=len(numbering.names)) if options.mixes(args) else None
 
-    def train_epoch(epoch, max_steps):
-        loaders.set_epoch(train_loader, epoch)
+    def reseed(epoch, step):
+        """What is drawn for a part of an update (mixing, drop path, dropout) follows from the seed and its place, not from the past."""
+        update, part = divmod(step, accum_steps)
+        devices.seed_everything(samplers.seed_of(args.seed, epoch, update, part * ranks.world_size + ranks.rank))
+
+    def train_epoch(epoch, max_steps, after_update):
+        loaders.set_epoch(train_loader, epoch, run.progress.updates * accum_steps)
         run.start_epoch(epoch)
         try:
             return engine.train_one_epoch(
                 model, criterion, train_loader, run.optimizer, ranks.device, epoch, run.precision, args.clip_grad, run.average, mixup,
-                accum_steps=args.accum_steps, max_steps=max_steps, print_freq=args.print_freq, ranks=ranks.world_size,
-                quiet=not ranks.is_main, memory=partial(devices.max_memory, ranks.device))
+                accum_steps=accum_steps, max_steps=math.ceil(max_steps / accum_steps) * accum_steps, print_freq=args.print_freq,
+                ranks=ranks.world_size, quiet=not ranks.is_main, memory=partial(devices.max_memory, ranks.device),
+                batch_size=args.batch_size, progress=run.progress, reseed=partial(reseed, epoch), after_update=after_update)
         except engine.NonFiniteLoss as error:
-            raise named(error, epoch, train_loader.dataset, ranks) from error
+            raise named(error, epoch, loaders.images_of(train_loader), ranks) from error
     return train_epoch
 
 
@@ -304,12 +333,13 @@ def save_epoch(folder, row, content, improved):
     checkpoint.save(folder / checkpoint.LAST, **content)
 
 
-def recipe(args, ranks, precision, peak_lr, optimizer, schedule, net, train_loader, start_epoch, preprocessing):
+def recipe(args, ranks, run, peak_lr, train_loader, preprocessing, accum_steps):
     """What this run does, as it is really used, and what of it is hardly meant."""
-    per_step, iterations = args.batch_size * ranks.world_size, len(train_loader)
+    net, start_epoch, iterations = run.net, run.epoch + 1, len(train_loader)
+    images = global_batch(args, ranks, accum_steps)
     end = min(args.epochs, start_epoch + math.ceil(args.max_step / iterations)) if args.max_step else args.epochs
     epochs = range(start_epoch, end)
-    rates = schedule.rates(epochs)
+    rates = run.schedule.rates(epochs)
     highest = max(range(len(rates)), key=rates.__getitem__, default=None)
     return "\n".join([
         "Recipe",
@@ -317,11 +347,11 @@ def recipe(args, ranks, precision, peak_lr, optimizer, schedule, net, train_load
         f"{args.input_size} pixels",
         f"  images         {preprocessing.describe(args.train_interpolation, options.native_size(args))}",
         f"  device         {devices.describe(ranks.device)}, world size {ranks.world_size}",
-        f"  precision      {precision.name}",
-        f"  global batch   {per_step * args.accum_steps} = {args.batch_size} x {ranks.world_size} ranks x "
-        f"{args.accum_steps} accumulated, {len(train_loader)} iterations an epoch",
-        f"  optimizer      {type(optimizer).__name__}, weight decay {args.weight_decay}, clip {args.clip_grad or 'off'}",
-        f"  effective lr   {peak_lr:.6g} = {args.lr:g} x {per_step * args.accum_steps} / 512",
+        f"  precision      {run.precision.name}",
+        f"  global batch   {images} = {args.batch_size} x {ranks.world_size} ranks x {accum_steps} accumulated, "
+        f"{iterations} iterations an epoch",
+        f"  optimizer      {type(run.optimizer).__name__}, weight decay {args.weight_decay}, clip {args.clip_grad or 'off'}",
+        f"  effective lr   {peak_lr:.6g} = {args.lr:g} x {images} / 512",
         "  schedule       " + ("none" if args.sched == "none" else
                                f"{args.warmup_epochs} warm-up epochs from {args.warmup_lr:g}, then {args.sched}"
                                f"{'' if args.sched in ('constant', 'step') else f' to {args.min_lr:g}'}, lag {args.sched_lag}"),
@@ -331,7 +361,7 @@ def recipe(args, ranks, precision, peak_lr, optimizer, schedule, net, train_load
                                f"{', as long as the accuracy rises' if args.sched == 'plateau' else ''}"),
         f"  epochs         {args.epochs}, drop path {networks.drop_path_of(net)}",
         f"  augmentation   {args.aa}, mixup {args.mixup}, cutmix {args.cutmix}, smoothing {args.smoothing}, erasing {args.reprob}",
-        *(f"warning: {doubt}" for doubt in options.doubts(args, peak_lr, iterations)),
+        *(f"warning: {doubt}" for doubt in options.doubts(args, peak_lr)),
     ])
 
 
@@ -357,20 +387,22 @@ def run_in(output, args, ranks, say):
         say(f"note: images are not prepared as Twins' are, but with {preprocessing}")
     if args.teacher_model:
         networks.configuration(args.teacher_model, "--teacher-model")  # a wrong name ends before the data are read
-    train_loader, val_loader, classes = build_data(args, ranks, preprocessing)
+    going_on = content if not (args.eval or args.throughout) and options.resume_file(args) and isinstance(content, dict) else None
+    accum_steps = accumulation(args, ranks, going_on, say)
+    train_loader, val_loader, classes = build_data(args, ranks, preprocessing, accum_steps)
     for found in filter(None, (train_loader, val_loader)):
-        for note in getattr(found.dataset, "notes", ()):
+        for note in getattr(loaders.images_of(found), "notes", ()):
             say(note)
-    numbering = number_classes(args, [loader.dataset for loader in (train_loader, val_loader) if loader], classes, content, path)
+    numbering = number_classes(args, [loaders.images_of(loader) for loader in (train_loader, val_loader) if loader], classes, content, path)
     for note in numbering.notes:
         say(f"note: {note}")
     net = build_model(args, len(numbering.names), say)
     saved, saved_path = load_weights(args, net, content, path, numbering, say)
     net.to(device)
-    devices.seed_everything(args.seed + ranks.rank)  # other drop paths and mixtures on each rank
     precision = make_precision(device, args.amp)
+    pause = pauses.Pauses(args.ckpt_steps, args.ckpt_minutes, ranks.world_size, ranks.rank)
     evaluate = partial(engine.evaluate, device=device, autocast=precision.autocast, ranks=ranks.world_size if args.dist_eval else 1,
-                       shared=args.dist_eval, quiet=not ranks.is_main)
+                       shared=args.dist_eval, quiet=not ranks.is_main, stopped=pause.stopped)
     if args.throughout:
         rate = engine.throughput(val_loader, net, device, precision.autocast, partial(devices.synchronize, device), time.perf_counter)
         say(f"batch_size {min(args.batch_size, len(val_loader.dataset))} throughput {rate:.2f}")
@@ -380,54 +412,79 @@ def run_in(output, args, ranks, say):
         say(f"Accuracy of the network on the {stats['images']} test images: {stats['acc1']:.3f}%")
         return
 
-    run, peak_lr = build_state(args, ranks, net, precision)
+    run, peak_lr = build_state(args, ranks, net, precision, accum_steps)
     if saved:
         for note in run.load_state_dict(saved, saved_path):
             say(f"note: {note}")
         if args.sched == "plateau":
             say(f"plateau goes on at {run.optimizer.param_groups[0]['lr']:g}")
-    train_epoch = build_epoch(args, ranks, run, train_loader, numbering, preprocessing, say)
+    train_epoch = build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preprocessing, say)
     moved = all_agree(ranks, lambda: output and prepare_output(output, args, saved_path, run.epoch + 1))
     if moved:
         say(f"An earlier run's files in {output.folder} are now {', '.join(moved)}")
     say(f"Checkpoints and log.txt go to {output.folder}" if output else "warning: --output_dir is empty: nothing of this training is saved")
-    say(recipe(args, ranks, precision, peak_lr, run.optimizer, run.schedule, run.net, train_loader, run.epoch + 1, preprocessing))
-    beside = dict(options=vars(args), classes=numbering.names, named=numbering.named, preprocessing=preprocessing.save())
+    say(recipe(args, ranks, run, peak_lr, train_loader, preprocessing, accum_steps))
+    beside = dict(options=vars(args), classes=numbering.names, named=numbering.named, preprocessing=preprocessing.save(),
+                  global_batch=global_batch(args, ranks, accum_steps))
     folder = output and output.folder
     if folder and saved and checkpoint.epoch_of(folder / checkpoint.LAST) < run.epoch:  # its last save had failed
         checkpoint.save(folder / checkpoint.LAST, **run.state_dict(), **beside)
     if run.epoch + 1 >= args.epochs:
         say(f"Nothing to train: epoch {run.epoch + 1} of {args.epochs} is next (--epochs)")
     started = time.perf_counter()
-    train(args, ranks, run, train_epoch, partial(test_epoch, run, evaluate, val_loader, say), folder, beside, len(train_loader), say)
+    test = partial(test_epoch, run, evaluate, val_loader, say)
+    with pause.listening():
+        train(args, ranks, run, train_epoch, test, pause, folder, beside, len(train_loader), say)
     say(f"Training time {timedelta(seconds=int(time.perf_counter() - started))}")
 
 
-def train(args, ranks, run, train_epoch, test, folder, beside, iterations, say):
+def train(args, ranks, run, train_epoch, test, pause, folder, beside, iterations, say):
     """The epochs that are left: train, test, save. folder: of checkpoints, where `beside` stands too, and log.txt, or None
 
-    iterations: of a whole epoch.
+    iterations: of a whole epoch. pause: a pauses.Pauses, which saves and stops between two epochs. Raises engine.Stopped.
     """
+    def save():
+        if folder:
+            checkpoint.save(folder / checkpoint.LAST, **run.state_dict(), **beside)
+        pause.saved()
+
+    def after_update(settle):
+        asked = pause()
+        if asked:
+            settle()
+        if asked == pauses.SAVE:
+            save()
+        return asked == pauses.STOP
+
     steps_left = args.max_step
     for epoch in range(run.epoch + 1, args.epochs):
         started = time.perf_counter()
-        stats = train_epoch(epoch, steps_left)
-        steps_left -= stats["steps"] if args.max_step else 0
-        last = epoch + 1 == args.epochs or (args.max_step and steps_left <= 0)
-        cut = bool(args.max_step) and steps_left <= 0 and stats["steps"] < iterations
-        run.epoch, run.steps = (epoch - 1, stats["steps"]) if cut else (epoch, 0)
-        if cut:
-            say(f"--max_step ended epoch {epoch} after {stats['steps']} of {iterations} iterations: it is not done, and a --resume "
-                "begins it again")
-        tested = not args.no_eval and ((epoch + 1) % args.val_interval == 0 or last)
-        tests, improved = test() if tested else ({}, False)
+        stats = train_epoch(epoch, steps_left, after_update)
+        steps_left -= stats["ran"] if args.max_step else 0
+        cut = stats["steps"] < iterations
+        try:
+            if pause.last():
+                raise engine.Stopped
+            last = epoch + 1 == args.epochs or (args.max_step and steps_left <= 0)
+            if cut:
+                say(f"--max_step ended epoch {epoch} after {stats['steps']} of {iterations} iterations: a --resume goes on there")
+            tested = not args.no_eval and ((epoch + 1) % args.val_interval == 0 or last)
+            tests, improved = test() if tested else ({}, False)
+        except engine.Stopped:
+            save()
+            say(f"Stopped in epoch {epoch} after {stats['steps']} of {iterations} iterations: " + (
+                f"{folder / checkpoint.LAST} goes on there, with --resume auto" if folder else "nothing is saved (--output_dir '')"))
+            raise
+        if not cut:
+            run.end_epoch(epoch)
         if folder:
             row = {
                 "train_lr": stats["lr"], "train_loss": stats["loss"], "test_loss": None, "test_acc1": None, "test_acc5": None,
                 "epoch": epoch, "n_parameters": sum(p.numel() for p in run.net.parameters() if p.requires_grad), **tests,
                 "max_acc1": max(run.best, 0.0), "fps": stats["fps"], "steps": stats["steps"], "complete": not cut,
-                "world_size": ranks.world_size, "global_batch": global_batch(args, ranks), "epoch_seconds": time.perf_counter() - started}
+                "world_size": ranks.world_size, "global_batch": beside["global_batch"], "epoch_seconds": time.perf_counter() - started}
             save_epoch(folder, row, run.state_dict() | beside, improved)
+            pause.saved()
         if last:
             break
 
@@ -468,7 +525,7 @@ def raised_here(error):
 
 
 def stop(*_):
-    """Of SIGTERM, which may go to the whole group: torch would tell of the loader workers that it ended, with a traceback."""
+    """Of SIGTERM before there is anything to save. It may go to the whole group: torch would tell of the loader workers that it ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     sys.exit(143)
 
@@ -480,16 +537,20 @@ def run(argv=None):
     signal.signal(signal.SIGTERM, stop)
     try:
         main(args)
-        return 0
+        status = 0
+    except engine.Stopped:
+        status = 75 if args.output_dir != '' else 143  # EX_TEMPFAIL: the same command with --resume auto goes on
     except devices.NeedsRestart:
         devices.restart_without_npu()
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         return complain(error, training="train_one_epoch" in "".join(traceback.format_exception(error)))
-    finally:
+    if status in (0, 75):  # all ranks come here; after an error others may wait in a collective for this one
         devices.leave_the_others()
+    return status
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    if found := run():
+        pauses.leave(found, multiprocessing.active_children())

@@ -26,9 +26,12 @@ class Schedule:
     def __init__(self, optimizer, scheduler, lag=0):
         self.optimizer, self.scheduler, self.lag = optimizer, scheduler, lag
 
-    def start_epoch(self, epoch, metric=None):
-        """Set the rates of `epoch`. metric: the accuracy after the epoch before, for plateau; None where there is none."""
-        if self.scheduler is not None and epoch >= max(self.lag, 1):
+    def start_epoch(self, epoch, metric=None, begun=False):
+        """Set the rates of `epoch`. metric: the accuracy after the epoch before, for plateau; None where there is none.
+
+        begun: the epoch has begun before this was saved and loaded: plateau, which counts, has its rates already.
+        """
+        if self.scheduler is not None and epoch >= max(self.lag, 1) and not (begun and hasattr(self.scheduler, "lr_scheduler")):
             self.scheduler.step(epoch - self.lag, metric)
 
     def rates(self, epochs):
@@ -50,16 +53,20 @@ class Schedule:
         if plateau is None:
             return {}
         return {"rates": [group["lr"] for group in plateau.optimizer.param_groups],
+                "restore": list(self.scheduler.restore_lr or ()),  # what noise has moved for this epoch
                 **{k: v for k, v in plateau.state_dict().items() if isinstance(v, (int, float, bool))}}
 
     def load_state_dict(self, state):
         plateau = getattr(self.scheduler, "lr_scheduler", None)
         if plateau is not None:
-            rates = state.get("rates", ())
-            if not isinstance(rates, (list, tuple)) or not all(isinstance(rate, (int, float)) for rate in rates):
+            rates, restore = state.get("rates", ()), state.get("restore", ())
+            if not all(isinstance(found, (list, tuple)) and all(isinstance(rate, (int, float)) for rate in found)
+                       for found in (rates, restore)):
                 raise ValueError("the checkpoint's schedule is not one of plateau's: its weights start a new training: --finetune FILE")
             for group, rate in zip(plateau.optimizer.param_groups, rates):
                 group["lr"] = rate
+            if len(restore) == len(plateau.optimizer.param_groups):
+                self.scheduler.restore_lr = list(restore)
             plateau.__dict__.update({k: v for k, v in state.items() if k in plateau.state_dict() and isinstance(v, (int, float))})
 
 

@@ -31,6 +31,9 @@ OPTIONS = {
         ("--device",               "auto",          str,   "npu|cuda|gpu|cpu|auto", "deit", "auto: npu, else cuda, else cpu; npu:3 picks a card"),
         ("--seed",                 0,               int,   None,                "deit",  "seed of weights, augmentation, noise and the order of images (upstream's order is always seed 0's)"),
         ("--resume",               "",              str,   "file|auto",         "deit",  "go on from a checkpoint, also an https:// address; auto: the newest good one in --output_dir; while there is none, from the beginning"),
+        ("--ckpt-steps",           0,               int,   "updates",           "ours",  "save in the middle of an epoch, too, every so many updates; 0: not by number"),
+        ("--ckpt-minutes",         10.0,            float, "minutes",           "ours",  "save in the middle of an epoch, too, every so many minutes; 0: not by time"),
+        ("--allow-change",         False,           SWITCH, None,               "ours",  "let a resumed run go on with another global batch"),
         ("--start_epoch",          0,               int,   "epoch",             "deit",  "first epoch, where no checkpoint says it"),
         ("--finetune",             "",              str,   "file",              "deit",  "start from these weights (a file, an https:// address) at epoch 0; another number of classes gets a new head"),
         ("--pretrained",           False,           SWITCH, None,               "timm",  "start from timm's published weights (downloads them)"),
@@ -125,7 +128,7 @@ OPTIONS = {
 # What a number may be. Above the largest ones nothing fits a machine, or a library waits, overflows or fails in words of its own.
 MANY = 10**9
 LIMITS = dict(
-    batch_size=(1, 10**6), epochs=(1, 10**5), max_step=(0, MANY), input_size=(32, 2**14), num_workers=(0, 1024), accum_steps=(1, 10**6),
+    ckpt_steps=(0, MANY), ckpt_minutes=(0, 1e6), batch_size=(1, 10**6), epochs=(1, 10**5), max_step=(0, MANY), input_size=(32, 2**14), num_workers=(0, 1024), accum_steps=(1, 10**6),
     val_interval=(1, MANY), print_freq=(1, MANY), start_epoch=(0, MANY), sched_lag=(0, MANY), warmup_epochs=(0, MANY),
     cooldown_epochs=(0, MANY), patience_epochs=(0, MANY), recount=(1, 1000), seed=(0, 2**32 - 1), lr=(0, 1e30), warmup_lr=(0, 1e30),
     min_lr=(0, 1e30), weight_decay=(0, 1e4), clip_grad=(0, 1e30), opt_eps=(0, 1e6), mixup=(0, 1e6), cutmix=(0, 1e6), color_jitter=(0, 1e6),
@@ -321,6 +324,10 @@ def notes(args, device_type=None):
         idle(["crop_scale", "train_interpolation", "interpolation", "crop_pct"], "CIFAR at 32 pixels is padded and cropped, never resized")
     elif args.no_eval:
         idle(["crop_pct"], "nothing is evaluated")
+    if not resume_file(args):
+        idle(["allow_change"], "nothing is resumed")
+    if args.output_dir == "":
+        idle(["ckpt_steps", "ckpt_minutes"], "nothing is saved without --output_dir")
     if resume_file(args):
         idle(["start_epoch"], "a checkpoint that can be resumed says where to go on")
     if args.sched not in ("step", "plateau", "poly"):
@@ -349,9 +356,9 @@ def notes(args, device_type=None):
     return found
 
 
-def doubts(args, peak_lr, iterations):
-    """One line for each number that is allowed and hardly meant. peak_lr: --lr scaled by the batch; iterations: of an epoch."""
-    found, steps = [], min(iterations, args.max_step or iterations)
+def doubts(args, peak_lr):
+    """One line for each number that is allowed and hardly meant. peak_lr: --lr scaled by the batch."""
+    found = []
     if args.sched not in ("none", "constant", "step") and 0 < peak_lr < args.min_lr:
         found.append(f"the effective rate {peak_lr:g} is below the floor --min-lr {args.min_lr:g}, so that "
                      f"{'it is never reduced' if args.sched == 'plateau' else 'the rate rises to the end'}: a larger --lr, or --min-lr 0")
@@ -362,9 +369,6 @@ def doubts(args, peak_lr, iterations):
         if args.epochs - 1 - args.sched_lag < args.warmup_epochs:
             found.append(f"--epochs {args.epochs} ends before the warm-up of {args.warmup_epochs} does (lag {args.sched_lag}): the rate "
                          f"never comes to {peak_lr:g}: more --epochs, or fewer --warmup-epochs")
-    if args.accum_steps > steps:
-        found.append(f"--accum-steps {args.accum_steps} is more than the {steps} iterations of an epoch: an update adds up {steps}, and "
-                     f"the rate is scaled for {args.accum_steps}: --accum-steps {steps} at most")
     return found
 
 

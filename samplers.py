@@ -1,9 +1,18 @@
-"""Which samples does this rank see, in which order? Everything follows from lengths, ranks, epoch and seed."""
+"""Which samples does this rank see, in which order, from which update on? Everything follows from lengths, ranks, epoch and seed.
+
+A draw is (epoch, index, copy): which image, and which of its appearances in that epoch. What is drawn at random for an image is
+a function of the seed and its draw (loaders), so that workers, ranks and restarts change nothing.
+"""
 import math
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
+
+
+def seed_of(*words):
+    """A number of 63 bits that follows from whole numbers, as independent of that of other words as if it were drawn."""
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
 
 
 class RankSampler(Sampler):
@@ -18,6 +27,13 @@ class RankSampler(Sampler):
 
     def set_epoch(self, epoch):
         self.epoch = epoch
+
+    def draws(self):
+        """-> indices (len(self),), copies (len(self),): tensors of this rank's share of the epoch"""
+        raise NotImplementedError
+
+    def __iter__(self):
+        return iter(self.draws()[0].tolist())
 
     def permutation(self):
         """All indices in this epoch's order, the same on every rank."""
@@ -45,9 +61,9 @@ class ShuffleSampler(RankSampler):
     def __len__(self):
         return math.ceil(self.total / self.num_replicas)
 
-    def __iter__(self):
-        order = self.permutation().tolist()
-        return iter([order[i % self.total] for i in range(self.rank, len(self) * self.num_replicas, self.num_replicas)])
+    def draws(self):
+        places = torch.arange(self.rank, len(self) * self.num_replicas, self.num_replicas)
+        return self.permutation()[places % self.total], places // self.total
 
 
 class RASampler(RankSampler):
@@ -67,10 +83,11 @@ class RASampler(RankSampler):
             return math.ceil(self.total / self.num_replicas)
         return self.total // 256 * 256 // self.num_replicas
 
-    def __iter__(self):
+    def draws(self):
         order = self.permutation() if self.shuffle else torch.arange(self.total)
-        repeated = order.repeat_interleave(self.num_repeats).tolist()
-        return iter([repeated[(self.rank + i * self.num_replicas) % len(repeated)] for i in range(len(self))])
+        places = self.rank + torch.arange(len(self)) * self.num_replicas
+        rounds, places = places // (self.total * self.num_repeats), places % (self.total * self.num_repeats)
+        return order[places // self.num_repeats], rounds * self.num_repeats + places % self.num_repeats
 
 
 class RunSampler(RankSampler):
@@ -89,9 +106,10 @@ class RunSampler(RankSampler):
     def __len__(self):
         return self.total // (self.batch_size * self.num_replicas) * self.batch_size
 
-    def __iter__(self):
+    def draws(self):
         order = self.permutation()[:len(self) * self.num_replicas]
-        return iter(order.view(-1, self.num_replicas, self.batch_size)[:, self.rank].flatten().tolist())
+        mine = order.view(-1, self.num_replicas, self.batch_size)[:, self.rank].flatten()
+        return mine, torch.zeros_like(mine)
 
 
 class EvalSampler(RankSampler):
@@ -105,3 +123,33 @@ class EvalSampler(RankSampler):
 
     def __iter__(self):
         return iter(self.part())
+
+
+class TrainingBatches(Sampler):
+    """The batches of this rank in an epoch, lists of draws; a batch has `batch_size` of them.
+
+    An update is made of ranks * accum_steps parts of a batch each. The parts, not the ranks, share the epoch: rank r computes
+    the parts r, r + ranks, r + 2 ranks, ... of each update, so that 4 ranks, 2 that accumulate 2 batches and one that
+    accumulates 4 compute the same parts. sampler(num_replicas=, rank=) makes the RankSampler of one part. An epoch is as
+    many whole updates as the data fill.
+    """
+
+    def __init__(self, sampler, batch_size, rank=0, ranks=1, accum_steps=1):
+        self.parts = [sampler(num_replicas=ranks * accum_steps, rank=rank + i * ranks) for i in range(accum_steps)]
+        self.batch_size, self.start = batch_size, 0
+
+    def set_epoch(self, epoch, start=0):
+        """start: the number of batches of this rank that are done already."""
+        self.start = start
+        for part in self.parts:
+            part.set_epoch(epoch)
+
+    def __len__(self):
+        return len(self.parts[0]) // self.batch_size * len(self.parts)
+
+    def __iter__(self):
+        size, epoch, draws = self.batch_size, self.parts[0].epoch, [part.draws() for part in self.parts]
+        for step in range(self.start, len(self)):
+            update, part = divmod(step, len(self.parts))
+            indices, copies = (values[update * size:(update + 1) * size].tolist() for values in draws[part])
+            yield [(epoch, index, copy) for index, copy in zip(indices, copies)]

@@ -1,10 +1,12 @@
 """What of a run must survive? Model, optimizer, schedule, precision, moving average and progress: one state_dict, one load_state_dict."""
 import argparse
 import math
+from dataclasses import asdict
 
 from timm.utils import ModelEmaV3
 
 import checkpoint
+import engine
 import optim
 
 
@@ -39,22 +41,25 @@ def part(saved, key):
 
 
 class State:
-    """A training between two epochs. What is added to a run is saved and restored here, side by side.
+    """A training between two updates. What is added to a run is saved and restored here, side by side.
 
     net, optimizer, schedule, precision: of the training. average: its MovingAverage, or None. epoch: the last one that is done.
-    steps: iterations of the next one that --max_step left undone. best: the best accuracy so far, -1 before there is one.
+    progress: what is done of the next one, an engine.Progress. best: the best accuracy so far, -1 before there is one.
     better: whose accuracy was the higher at the last evaluation, "model" or "model_ema". accuracy: the net's last one, None
     once the schedule was told it. kept: what a checkpoint had and this run has no use for; it is saved again.
     """
 
     def __init__(self, net, optimizer, schedule, precision, average=None, epoch=-1):
         self.net, self.optimizer, self.schedule, self.precision, self.average = net, optimizer, schedule, precision, average
-        self.epoch, self.steps, self.best, self.better, self.accuracy, self.kept = epoch, 0, -1.0, "model", None, {}
+        self.epoch, self.progress, self.best, self.better, self.accuracy, self.kept = epoch, engine.Progress(), -1.0, "model", None, {}
 
     def start_epoch(self, epoch):
-        """Set the rates of `epoch`."""
-        self.schedule.start_epoch(epoch, self.accuracy)
-        self.accuracy = None  # told once: plateau counts
+        """Set the rates of `epoch`. In the middle of it, too: but plateau, which counts, was told of it when it began."""
+        self.schedule.start_epoch(epoch, self.accuracy, begun=self.progress.updates > 0)
+        self.accuracy = None
+
+    def end_epoch(self, epoch):
+        self.epoch, self.progress = epoch, engine.Progress()
 
     def tested(self, accuracy, averages=None):
         """Note the accuracies of the net and of its average; the better one decides. -> whether they are the best so far"""
@@ -68,7 +73,7 @@ class State:
         scaler = self.precision.state_dict()
         return dict(model=self.net.state_dict(), optimizer=optim.portable_state(self.optimizer, self.net),
                     schedule=self.schedule.state_dict(), scaler=scaler or self.kept.get("scaler", {}), epoch=self.epoch,
-                    steps=self.steps, best_accuracy=self.best, better=self.better, last_accuracy=self.accuracy,
+                    progress=asdict(self.progress), best_accuracy=self.best, better=self.better, last_accuracy=self.accuracy,
                     **{**{key: value for key, value in self.kept.items() if key != "scaler"}, **own})
 
     def load_state_dict(self, saved, path="the checkpoint"):
@@ -95,12 +100,17 @@ class State:
         epoch = number(saved["epoch"], "epoch", -1)
         if epoch != int(epoch):
             number("", "epoch")
-        self.epoch = int(epoch)
+        self.epoch, self.progress = int(epoch), self.progress_in(saved)
         self.best = number(saved.get("best_accuracy", -1.0), "best accuracy")
         if (accuracy := saved.get("last_accuracy")) is not None:
             self.accuracy = number(accuracy, "last accuracy")
         self.better = saved.get("better", "model") if self.average is not None else "model"
         return notes
+
+    def progress_in(self, saved):
+        found = part(saved, "progress")
+        return engine.Progress(int(number(found.get("updates", 0), "progress", 0)), float(number(found.get("loss", 0.0), "progress")),
+                               int(number(found.get("losses", 0), "progress", 0)))
 
     def load_average(self, saved, path):
         if not part(saved, "model_ema"):

@@ -35,28 +35,38 @@ class MetricLogger:
         self.sums, self.counts = {}, {}
 
     def window_ends(self, step):
-        return step % self.print_freq == 0 or step in (WARMUP_STEPS - 1, self.total - 1)
+        return step % self.print_freq == 0 or step in (self.marks[0][0] + WARMUP_STEPS, self.total - 1)
 
-    def follow(self, batches, limit=None):
-        """Yield (step, batch), at most `limit` of them."""
+    def follow(self, batches, limit=None, first=0, **sums):
+        """Yield (step, batch) for the steps from `first` on, and below `limit`. sums: name=(sum, count) of the steps before."""
         self.start = asked = self.clock()
-        self.marks, self.data_time, self.last_step = [(-1, self.start)], 0.0, -1
-        for step, batch in zip(itertools.count() if limit is None else range(limit), batches):
-            self.data_time += self.clock() - asked
-            yield step, batch
-            self.last_step = step
-            asked = self.clock()
+        self.marks, self.data_time, self.last_step = [(first - 1, self.start)], 0.0, first - 1
+        for name, (total, count) in sums.items():
+            self.sums[name], self.counts[name] = total, count
         if self.bar:
-            self.bar.close()
+            self.bar.update(first)
+        try:
+            for step, batch in zip(itertools.count(first) if limit is None else range(first, limit), batches):
+                self.data_time += self.clock() - asked
+                self.last_step = step
+                yield step, batch
+                asked = self.clock()
+        finally:
+            if self.bar:
+                self.bar.close()
 
     def average(self, name):
         return self.sums[name] / max(1, self.counts[name])
 
-    def line(self, step, lr=None, memory=None, **meters):
-        """Show a window that ended with `step`. meters: name=(sum over the window, count)."""
+    def add(self, **meters):
+        """Note meters: name=(sum over some steps, count)."""
         for name, (total, count) in meters.items():
             self.sums[name] = self.sums.get(name, 0.0) + total
             self.counts[name] = self.counts.get(name, 0) + count
+
+    def line(self, step, lr=None, memory=None, **meters):
+        """Show a window that ended with `step`. meters: name=(sum over the window, count)."""
+        self.add(**meters)
         (before, then), now = self.marks[-1], self.clock()
         self.marks.append((step, now))
         steps = step - before
@@ -81,14 +91,15 @@ class MetricLogger:
     def fps(self):
         """Images of all ranks a second over the epoch, without the warm-up where the epoch is longer than that."""
         marks = self.marks
-        first = next((mark for mark in marks[:-1] if mark[0] + 1 >= WARMUP_STEPS), marks[1] if len(marks) > 2 else marks[0])
+        warm = marks[0][0] + WARMUP_STEPS
+        first = next((mark for mark in marks[:-1] if mark[0] >= warm), marks[1] if len(marks) > 2 else marks[0])
         (start, then), (end, now) = first, marks[-1]
         return (end - start) * self.images / max(now - then, 1e-9) if end > start else 0.0
 
     def summary(self):
         """The closing line of the loop."""
         seconds = self.marks[-1][1] - self.start
-        steps = self.last_step + 1
+        steps = self.last_step - self.marks[0][0]
         if not self.quiet:
             print(f"{self.header} Total time: {timedelta(seconds=int(seconds))} ({seconds / max(1, steps):.4f} s / it)  "
                   f"fps:{self.fps():.2f}", flush=True)

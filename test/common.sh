@@ -287,7 +287,7 @@ train() {
 run_logged() {
     local pid='' tee status=0 signal='' out
     trap 'signal=130; [[ ! $pid ]] || kill -TERM "$pid" 2>/dev/null' INT
-    trap 'signal=143; [[ ! $pid ]] || kill -TERM "$pid" 2>/dev/null' TERM HUP
+    trap 'signal=143; [[ ! $pid ]] || kill -TERM "$pid" 2>/dev/null' TERM HUP USR1 # torchrun knows no USR1
     exec {out}> >(exec tee -ia -- "$train_log")
     tee=$!
     {
@@ -304,10 +304,13 @@ run_logged() {
         kill -0 "$pid" 2>/dev/null || break
     done
     wait "$tee" || true
-    trap - INT TERM HUP
-    if [[ $signal ]]; then return "$signal"; fi
+    trap - INT TERM HUP USR1
+    if [[ $signal ]]; then
+        if logged '^Stopped in epoch .* goes on there'; then return 75; fi
+        return "$signal"
+    fi
     if ((status != 1)); then return "$status"; fi
-    return "$(this_run | LC_ALL=C awk '/^ *exitcode *: / { last = $3; if (last == 2 || last == 3) own = last }
+    return "$(this_run | LC_ALL=C awk '/^ *exitcode *: / { last = $3; if (last == 2 || last == 3 || last == 75) own = last }
         END { if (own) last = own; print last == "" ? 1 : last < 0 ? 128 - last : last }')"
 }
 
@@ -373,6 +376,7 @@ TEXT
 }
 
 show_error() { # STATUS: what matters of the log, without torchrun's own report
+    if (($1 == 75)); then fail "training was stopped by a signal and saved: the same command with --resume auto goes on; its log: $train_log" 75; fi
     if (($1 == 130 || $1 == 143)); then fail "training was stopped by a signal; its log: $train_log" "$1"; fi
     local lines remedy=''
     lines=$(this_run | LC_ALL=C grep -aE '^error( \(rank [0-9]+\))?: ' | LC_ALL=C awk '!seen[$0]++' | tail -n 5) || true

@@ -51,7 +51,8 @@ if ((chosen == 0)); then
     ran=0
 fi
 if ((${#unit[@]})); then
-    step "unit tests" "$PYTHON" -m pytest -q "${unit[@]}" "${words[@]}"
+    # a file's tests stay in one process: they share what is dear to make
+    step "unit tests" "$PYTHON" -m pytest -q -n auto --maxprocesses 4 --dist loadfile "${unit[@]}" "${words[@]}"
 fi
 if ((${#npu_tests[@]} == 0)); then
     :

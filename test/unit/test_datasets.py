@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits, load_sample_image
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import RandAugment
 from timm.data.random_erasing import RandomErasing
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 from torchvision import datasets as tv
 from torchvision import transforms
 
@@ -412,30 +412,57 @@ class Draws(Dataset):
         return 16
 
     def __getitem__(self, i):
-        info = get_worker_info()
-        return np.random.rand(), random.random(), torch.rand(()).item(), info.id, os.getpid()
+        return np.random.rand(), random.random(), torch.rand(()).item(), i, os.getpid()
 
 
-def drawn(loader):
-    return {key: [float(x) for batch in loader for x in batch[k]] for k, key in enumerate(("numpy", "random", "torch", "id", "pid"))}
+def drawn(workers=0, ranks=1, seed=3, epoch=0, repeated=False, start=0, accum_steps=1):
+    """{image: its draws of numpy, random and torch, in an order that no worker decides}, and the processes that made them"""
+    found, processes = {}, set()
+    for rank in range(ranks):
+        loader = loaders.build_loader(Draws(), True, 2, workers, rank, ranks, seed, repeated, accum_steps=accum_steps)
+        loaders.set_epoch(loader, epoch, start)
+        for *draws, index, pid in read_all(loader):
+            for i, *own in zip(index.tolist(), *(draw.tolist() for draw in draws)):
+                found.setdefault(i, []).append(tuple(own))
+            processes |= set(pid.tolist())
+    return {i: sorted(found[i]) for i in sorted(found)}, processes
 
 
-def test_workers_are_seeded():
-    """numpy, random and torch: differing between workers and ranks, the same again for the same seed."""
-    first, again, other_rank, other_seed = (
-        drawn(loaders.build_loader(Draws(), False, 2, 2, rank, 2, seed)) for rank, seed in ((0, 3), (0, 3), (1, 3), (0, 4)))
-    assert set(first["id"]) == {0.0, 1.0}
-    for kind in ("numpy", "random", "torch"):
-        assert first[kind] == again[kind]
-        everything = first[kind] + other_rank[kind] + other_seed[kind]
-        assert len(set(everything)) == len(everything) == 24, kind
+def test_what_is_drawn_for_an_image_follows_from_seed_epoch_and_image():
+    """Whatever the workers, ranks and parts; and it differs from that of any other image, epoch and seed."""
+    first, _ = drawn()
+    assert sorted(first) == list(range(16))
+    for words in (dict(workers=2), dict(workers=3), dict(ranks=2), dict(ranks=4, workers=1), dict(accum_steps=4),
+                  dict(ranks=2, accum_steps=2)):
+        assert drawn(**words)[0] == first, words
+    every = [value for found in (first, drawn(epoch=1)[0], drawn(seed=4)[0]) for draws in found.values() for value in draws]
+    assert all(len({value[k] for value in every}) == len(every) == 48 for k in range(3))
 
 
-def test_workers_persist_and_go_on_drawing():
-    loader = loaders.build_loader(Draws(), False, 2, 2)
-    a, b = drawn(loader), drawn(loader)
-    assert set(a["pid"]) == set(b["pid"])
-    assert not set(a["numpy"]) & set(b["numpy"])
+def test_the_copies_of_an_image_are_drawn_apart():
+    found, _ = drawn(repeated=True)
+    assert drawn(repeated=True, workers=2, ranks=2)[0] == found
+    values = [value for draws in found.values() for value in draws]
+    assert max(map(len, found.values())) == 3 and len(set(values)) == len(values) == 16
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_an_epoch_goes_on_in_its_middle(repeated):
+    """The batches from the third on, with their draws."""
+    def batches(start):
+        loader = loaders.build_loader(Draws(), True, 2, 0, 0, 1, 3, repeated)
+        loaders.set_epoch(loader, 1, start)
+        return [[values.tolist() for values in batch[:4]] for batch in loader]
+    assert batches(2) == batches(0)[2:] and len(batches(0)) == 8 and batches(8) == []
+
+
+def test_workers_persist():
+    loader = loaders.build_loader(Draws(), True, 2, 2)
+    seen = []
+    for epoch in range(2):
+        loaders.set_epoch(loader, epoch)
+        seen.append({pid for batch in loader for pid in batch[4].tolist()})
+    assert seen[0] == seen[1] and len(seen[0]) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,5 +1,6 @@
 """Loader workers: what they hold open, what they import, and what is said when one of them dies."""
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -84,16 +85,20 @@ def test_only_workers_of_an_npu_come_from_a_server():
 
 # ---- what is said when a worker dies ----
 
-def test_a_signal_to_the_whole_group_is_no_crash(tiny_folder):
-    """As schedulers send it, and torchrun: the workers die of it as well, and torch would speak of them."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_the_whole_group_is_no_crash(tiny_folder, tmp_path, number):
+    """As terminals and schedulers send it: the workers go on for as long as the training needs them."""
     command = [sys.executable, "-u", ROOT / "main.py", "--data-path", tiny_folder, "--device=cpu", "--input-size=32", "--batch-size=2",
-               "--num_workers=2", "--epochs=999", "--model=test_convnext", "--print-freq=1", "--no-eval", "--output_dir="]
-    for _ in range(2):  # which of the signals comes first is chance
-        process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                                   env={key: value for key, value in os.environ.items() if key not in ELASTIC})
-        next(line for line in process.stdout if line.startswith("Epoch: [0]  [ 2"))
-        os.killpg(process.pid, signal.SIGTERM)
-        assert (process.communicate(timeout=120)[1], process.returncode) == ("", 143)
+               "--num_workers=2", "--epochs=999", "--model=test_convnext", "--print-freq=1", "--no-eval", "--output_dir", tmp_path]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               env={key: value for key, value in os.environ.items() if key not in ELASTIC})
+    next(line for line in process.stdout if line.startswith("Epoch: [0]  [ 2"))
+    os.killpg(process.pid, number)
+    said, errors = process.communicate(timeout=120)
+    assert (errors, process.returncode) == (f"{number.name}: this update is finished and saved; a second signal ends the run at once\n", 75)
+    epoch, done = map(int, re.search(r"^Stopped in epoch (\d+) after (\d+) of 12 iterations: ", said, re.M).groups())
+    saved = torch.load(tmp_path / "checkpoint.pth")
+    assert (saved["epoch"], saved["progress"]["updates"]) == (epoch - 1, done)
 
 
 class Dies(Dataset):

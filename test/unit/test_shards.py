@@ -114,8 +114,10 @@ def loader_of(root, is_train, batch_size, workers, rank=0, ranks=1, seed=0):
     return loaders.build_loader(found, is_train, batch_size, workers, rank, ranks, seed)
 
 
-def indices(loader, epoch=0):
-    loaders.set_epoch(loader, epoch)
+def indices(loader, epoch=None):
+    """epoch: of a training loader"""
+    if epoch is not None:
+        loaders.set_epoch(loader, epoch)
     return [batch[2].tolist() for batch in read_all(loader)]
 
 
