@@ -353,9 +353,9 @@ def test_accumulation_averaging_and_repeated_augmentation_work_on_two_ranks(run_
     done = run_ranks(2, *usual(data), SMALL, "--aa=none", "--repeated-aug", "--accum-steps=2", "--model-ema",
                      "--model-ema-decay=0.5", "--epochs=2", "--batch-size=4", "--dist-eval", "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "global batch   16 = 4 x 2 ranks x 2 accumulated, 3 iterations an epoch" in done.stdout
-    assert [row["steps"] for row in rows(tmp_path)] == [3, 3] and "test_ema_acc1" in rows(tmp_path)[1]
-    assert {float(entry["step"]) for entry in load(tmp_path / "checkpoint.pth")["optimizer"]["state"].values()} == {4.0}
+    assert "global batch   16 = 4 x 2 ranks x 2 accumulated, 2 iterations an epoch" in done.stdout, "whole updates"
+    assert [row["steps"] for row in rows(tmp_path)] == [2, 2] and "test_ema_acc1" in rows(tmp_path)[1]
+    assert {float(entry["step"]) for entry in load(tmp_path / "checkpoint.pth")["optimizer"]["state"].values()} == {2.0}
 
 
 # ---- options that change a training ----
@@ -418,12 +418,13 @@ def test_max_step_ends_a_run_normally_in_the_middle_of_an_epoch(works, tmp_path)
     assert all(row["fps"] > 0 and row["test_acc1"] is not None for row in rows(tmp_path))
     assert "Training time" in done.out
     saved = load(tmp_path / "checkpoint.pth")
-    assert (saved["epoch"], saved["steps"]) == (0, 1) and [row["complete"] for row in rows(tmp_path)] == [True, False]
-    assert "--max_step ended epoch 1 after 1 of 3 iterations: it is not done, and a --resume begins it again" in done.out
+    assert (saved["epoch"], saved["progress"]["updates"]) == (0, 1) and [row["complete"] for row in rows(tmp_path)] == [True, False]
+    assert "--max_step ended epoch 1 after 1 of 3 iterations: a --resume goes on there" in done.out
     again = works(SMALL, "--epochs=2", "--resume=auto", "--output_dir", tmp_path)
-    assert "after epoch 0: --max_step had ended the next one after 1 iterations, so it begins again" in again.out
+    assert ", after epoch 0 and 1 updates of the next\n" in again.out
     assert [(row["epoch"], row["steps"], row["complete"]) for row in rows(tmp_path)] == [(0, 3, True), (1, 3, True)]
-    assert (load(tmp_path / "checkpoint.pth")["epoch"], load(tmp_path / "checkpoint.pth")["steps"]) == (1, 0)
+    saved = load(tmp_path / "checkpoint.pth")
+    assert (saved["epoch"], saved["progress"]["updates"]) == (1, 0)
 
 
 def test_max_step_at_the_end_of_an_epoch_leaves_it_done(works, tmp_path):
@@ -547,7 +548,7 @@ def test_an_evaluation_whose_loss_is_not_finite_ends_with_status_3(start, small,
     saved["model"]["head.fc.weight"].fill_(3e38)
     saved["model"]["head.fc.bias"].fill_(3e38)
     torch.save(saved, tmp_path / "huge.pth")
-    monkeypatch.setattr(engine, "train_one_epoch", lambda *_, **__: {"lr": 0.0, "loss": 0.0, "fps": 1.0, "steps": 3})
+    monkeypatch.setattr(engine, "train_one_epoch", lambda *_, **__: {"lr": 0.0, "loss": 0.0, "fps": 1.0, "steps": 3, "ran": 3})
     done = start(SMALL, *words.split(), "--resume", tmp_path / "huge.pth", "--output_dir", tmp_path / "out")
     assert done.status == 3 and re.fullmatch(r"error: the loss of the evaluation is not finite \((nan|inf)\), so .*\n", done.err), done.err
     assert "Accuracy" not in done.out and not (tmp_path / "out" / "log.txt").exists()
