@@ -210,7 +210,7 @@ def fit(found, data, weights, use):
     if use == "resume":
         raise ValueError(f"{weights.source} was trained on other classes: {outputs} and the data {len(data)}, only there "
                          f"{some([name for i, name in enumerate(found.names) if i not in found.index.values()])}, only here []: "
-                         "use its data, or --finetune")
+                         "use its data, its --class-map FILE, or --finetune")
     if use == "teacher":
         found.notes.append(f"{weights.source}: of its {outputs} outputs the {len(data)} of the data's classes teach, by name")
     if use == "evaluate":

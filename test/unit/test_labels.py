@@ -61,7 +61,9 @@ def test_fewer_classes_than_the_weights_have_are_evaluated_by_name():
     found = decide(["eel", "cat"], Weights("w", 3, ["cat", "dog", "eel"]), use="finetune")
     assert found.fresh and found.names == ["eel", "cat"] and "its head has 3 classes and the data 2" in found.notes[0]
     said = refusal(["eel", "cat"], Weights("w", 3, ["cat", "dog", "eel"]), use="resume")
-    assert "3 and the data 2, only there ['dog'], only here []" in said
+    assert "3 and the data 2, only there ['dog'], only here []" in said and "its --class-map FILE" in said
+    resumed = decide(["eel", "cat"], Weights("w", 3, ["cat", "dog", "eel"]), {"cat": 0, "dog": 1, "eel": 2}, "resume")
+    assert resumed.names == ["cat", "dog", "eel"] and resumed.of(["eel", "cat"]) == [2, 0]
 
 
 @pytest.mark.parametrize("use", ["evaluate", "teacher", "resume", "measure"])

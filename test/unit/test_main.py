@@ -1002,7 +1002,7 @@ MISTAKES = {  # kind: words, a regular expression of the message; DATA, RUN and 
         r"RUN/checkpoint.pth does not fit: it is of another model \(--model\); missing keys: .* more; unexpected keys: .* more"),
     "fine-tuning from another model": (f"{TWINS} --finetune RUN/checkpoint.pth", r"RUN/checkpoint.pth does not fit: it is of another .*"),
     "fewer classes": ("--data-path DATA --resume RUN/checkpoint.pth", r"RUN/checkpoint.pth was trained on other classes: 3 and the data 2, "
-                      r"only there \['temple'\], only here \[\]: use its data, or --finetune"),
+                      r"only there \['temple'\], only here \[\]: use its data, its --class-map \w+, or --finetune"),
     "renamed class, evaluated": (
         "--data-path DATA --eval --resume RUN/checkpoint.pth",
         r"RUN/checkpoint.pth was trained on other classes: 3 and the data 3, only there \['temple'\], only here \['pagoda'\]: "
