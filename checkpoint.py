@@ -13,6 +13,7 @@ import pickle
 import re
 import shutil
 import socket
+import struct
 import tempfile
 import urllib.parse
 import zipfile
@@ -31,6 +32,9 @@ class NoCheckpoint(ValueError):
 # What DDP and SWA, torch.compile, Lightning and OpenMMLab put before every name
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.")
 LAST, BEST = "checkpoint.pth", "checkpoint_best.pth"
+OF_AN_EPOCH = re.compile(r"checkpoint_(\d+)(_milestone)?\.pth")  # --keep and --milestones
+SEAL = b"sha256 "
+SEAL_LENGTH = len(SEAL) + 64
 
 
 def to_host(value):
@@ -62,15 +66,69 @@ def replacing(path):
         made.unlink(missing_ok=True)
 
 
+class Sealed:
+    """A file that torch.save writes to, and the SHA-256 of what it wrote.
+
+    An error is kept until `seal`: in torch's zip writer it would become another one, with a traceback of C++.
+    """
+
+    def __init__(self, file):
+        self.file, self.hash, self.error = file, hashlib.sha256(), None
+
+    def write(self, data):
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+            self.hash.update(data)
+        return memoryview(data).nbytes
+
+    def flush(self):
+        pass
+
+    def seal(self):
+        """The checksum becomes the comment of the zip, which stands behind all else: its length are the two bytes before it."""
+        if self.error is not None:
+            raise self.error
+        self.file.seek(-2, os.SEEK_END)
+        self.file.write(struct.pack("<H", SEAL_LENGTH) + SEAL + self.hash.hexdigest().encode())
+
+
+def verify(path):
+    """Raises ValueError where a file's content is not what was written. Files of others, and our older ones, have no checksum."""
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END) - SEAL_LENGTH
+        file.seek(max(end, 0))
+        seal = file.read()
+        if not seal.startswith(SEAL):
+            return
+        file.seek(0)
+        found, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
+        while (size := file.readinto(buffer[:max(0, min(len(buffer), end - 2 - file.tell()))])):
+            found.update(buffer[:size])
+    found.update(b"\0\0")
+    if found.hexdigest().encode() != seal.removeprefix(SEAL):
+        raise ValueError("its SHA-256 is another than when it was written")
+
+
 def save(path, **content):
-    """Write `content` so that there is always one whole file at `path`, the old one or the new one."""
+    """Write `content` so that there is always one whole file at `path`, the old one or the new one. Raises OSError."""
     write(path, to_host(content))
 
 
 def write(path, content):
     """`save` of what is on the host already."""
     with replacing(path) as file:
-        torch.save(content, file)
+        sealed = Sealed(file)
+        torch.save(content, sealed)
+        sealed.seal()
+
+
+def copy(path, other):
+    """Put the bytes of the file `path` at `other`, too."""
+    with open(path, "rb") as source, replacing(other) as file:
+        shutil.copyfileobj(source, file, 2**20)
 
 
 class Foreign:
@@ -105,11 +163,12 @@ PLAIN = [argparse.Namespace, (as_dict, "collections.defaultdict"), dict, list, i
            for system, pure in (("Posix", pathlib.PurePosixPath), ("Windows", pathlib.PureWindowsPath)))]
 
 
-def read(path):
+def read(path, whole=True):
     """The content of a .pth or .safetensors file, or of an https:// address, on the CPU. Reads official, timm's and the original's.
 
-    NumPy's numbers come as Python's, paths as text; objects of other classes are left out (Foreign). Raises ValueError in one
-    line for a file that is not there, not whole, or not plain data.
+    NumPy's numbers come as Python's, paths as text; objects of other classes are left out (Foreign). whole: False leaves the
+    tensors' bytes on the disk, unread and unverified. Raises ValueError in one line for a file that is not there, not whole, not
+    what was written, or not plain data.
     """
     path = fetch(path) if str(path).startswith("https://") else Path(path)
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
@@ -120,9 +179,11 @@ def read(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if whole:
+            verify(path)
         foreign = foreign_names(path)
         with torch.serialization.safe_globals([*PLAIN, *((Foreign, name) for name in foreign)]):
-            content = plain(torch.load(path, map_location="cpu", weights_only=True))
+            content = plain(torch.load(path, map_location="cpu", weights_only=True, mmap=not whole and zipfile.is_zipfile(path)))
     except pickle.UnpicklingError as error:
         unknown = [*re.findall(r"GLOBAL ([\w.]+)", str(error)), *sorted(foreign)]
         if not unknown:  # torch's text then is an advice to trust the file
@@ -262,27 +323,64 @@ def adapt_head(model, state, head="head", anew=False):
     return {**{k: v for k, v in state.items() if not k.startswith(of_heads)}, **fresh}, state[keys[0]].shape[0]
 
 
-def find_newest(folder, note=lambda text: None):
-    """The whole checkpoint of the latest epoch in `folder`, and its content. note: is told of each that is damaged, and why.
+def epoch_named(path):
+    """The epoch in the name of a checkpoint of --keep or --milestones, None of others."""
+    found = OF_AN_EPOCH.fullmatch(Path(path).name)
+    return found and int(found[1])
 
-    Raises ValueError where none is whole, NoCheckpoint where there is none.
+
+def kept(path):
+    """Whether it is one of --keep, which may go."""
+    return epoch_named(path) is not None and not Path(path).stem.endswith("_milestone")
+
+
+def checkpoints(folder):
+    """All that a run has left there: the last, the best, those of --keep and --milestones."""
+    return [path for path in sorted(Path(folder).glob("checkpoint*.pth"))
+            if path.is_file() and (path.name in (LAST, BEST) or OF_AN_EPOCH.fullmatch(path.name))]
+
+
+def find_newest(folder, note=lambda text: None):
+    """The whole checkpoint in `folder` that comes farthest, and its content. note: is told of each that is damaged, and why.
+
+    Only the one that is taken is read and verified. Raises ValueError where none is whole, NoCheckpoint where there is none.
     """
     found, damaged = [], []
-    for path in (Path(folder, name) for name in (LAST, BEST)):
+    for path in checkpoints(folder):
         try:
-            found += [(path, read(path))] if path.is_file() else []
+            found.append((*stage(read(path, whole=False)), path.name == LAST, path.name == BEST, path))
         except ValueError as error:
             damaged.append(str(error))
-    if not found:
-        raise ValueError(damaged[0]) if damaged else NoCheckpoint(f"--resume auto: no {LAST} in {folder}")
-    for text in damaged:
-        note(text)
-    return max(found, key=lambda pair: epoch_in(pair[1]))  # of equals the last one
+    for *_, path in sorted(found, reverse=True):
+        try:
+            content = read(path)
+        except ValueError as error:
+            damaged.append(str(error))
+            continue
+        for text in damaged:
+            note(f"{text}; {path.name} is the newest good one")
+        return path, content
+    raise ValueError(damaged[0]) if damaged else NoCheckpoint(f"--resume auto: no {LAST} in {folder}")
 
 
 def epoch_in(content):
     epoch = content.get("epoch", -1) if isinstance(content, dict) else -1
     return epoch if isinstance(epoch, (int, float)) else -1
+
+
+def stage(content):
+    """(last epoch that is done, updates of the next): how far a checkpoint had come."""
+    progress = content.get("progress") if isinstance(content, dict) else None
+    updates = progress.get("updates") if isinstance(progress, dict) else 0
+    return epoch_in(content), updates if isinstance(updates, (int, float)) else 0
+
+
+def stage_of(path):
+    """`stage` by the file's list of contents; (-2, 0) where it is not there, or damaged as far as that shows."""
+    try:
+        return stage(read(path, whole=False))
+    except ValueError:
+        return -2, 0
 
 
 def epoch_of(path):
@@ -308,14 +406,17 @@ def prepare_folder(folder, resumed=None, auto=False):
             pass
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}): choose another folder") from error
-    present = [path for name in (LAST, BEST, "log.txt") if (path := folder / name).exists()]
+    epochs = [path for path in checkpoints(folder) if epoch_named(path) is not None]
+    present = [*(path for name in (LAST, BEST, "log.txt") if (path := folder / name).exists()), *epochs]
     resumed_is = [name for name in (LAST, BEST) if resumed is not None and Path(resumed).resolve() == (folder / name).resolve()]
-    here = auto or resumed_is == [LAST] or (resumed_is == [BEST] and epoch_of(folder / LAST) <= epoch_of(folder / BEST))
+    here = auto or resumed_is == [LAST] or (resumed_is == [BEST] and stage_of(folder / LAST) <= stage_of(folder / BEST))
     if resumed is not None and not here:  # checkpoint.pth.2 of a run that was moved aside has its best beside it, too
         best = Path(resumed).with_name(BEST + Path(resumed).name.removeprefix(LAST).removeprefix(BEST))
-    aside = [] if here else present
-    if here and resumed_is != [LAST] and (folder / LAST).exists() and epoch_of(folder / LAST) == -2:
-        aside = [folder / LAST]  # damaged, but perhaps not beyond rescue
+    aside = present
+    if here:  # its own files stay; but what is damaged, perhaps not beyond rescue, and an epoch that it comes to again
+        come_to = stage_of(resumed)
+        aside = [path for path in ((folder / LAST, *epochs) if resumed_is != [LAST] else epochs) if path.exists() and (
+            stage_of(path)[0] == -2 or stage_of(path) > come_to or (path.name == LAST and epoch_of(path) == -2))]
     if aside:
         number = next(n for n in range(1, 10**6) if not any(Path(f"{path}.{n}").exists() for path in aside))
         for path in aside:

@@ -21,6 +21,7 @@ class Lock:
 
     def take(self):
         """-> what a log should say of it, or None. Raises ValueError where another run has it, and OSError."""
+        self.forget()  # what was taken away with its folder
         while True:
             try:
                 file, created = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True

@@ -214,7 +214,7 @@ def open_output(args, ranks, say):
     of an evaluation, without --output_dir, and on all ranks but the first."""
     folder = options.output_folder(args)
     saves = folder and ranks.is_main and not (args.eval or args.throughout)
-    output = keeper.Keeper(folder, say) if saves else None
+    output = keeper.Keeper(folder, say, args.keep, args.milestones) if saves else None
     all_agree(ranks, lambda: output and output.open())
     return output or contextlib.nullcontext()
 
@@ -325,14 +325,6 @@ def test_epoch(run, evaluate, val_loader, say):
     return tests, improved
 
 
-def save_epoch(folder, row, content, improved):
-    """The row and the best checkpoint first: a crash between them and the last checkpoint repeats the epoch."""
-    utils.append_json(folder / "log.txt", row)
-    if improved:
-        checkpoint.save(folder / checkpoint.BEST, **content)
-    checkpoint.save(folder / checkpoint.LAST, **content)
-
-
 def recipe(args, ranks, run, peak_lr, train_loader, preprocessing, accum_steps):
     """What this run does, as it is really used, and what of it is hardly meant."""
     net, start_epoch, iterations = run.net, run.epoch + 1, len(train_loader)
@@ -426,26 +418,25 @@ def run_in(output, args, ranks, say):
     say(recipe(args, ranks, run, peak_lr, train_loader, preprocessing, accum_steps))
     beside = dict(options=vars(args), classes=numbering.names, named=numbering.named, preprocessing=preprocessing.save(),
                   global_batch=global_batch(args, ranks, accum_steps))
-    folder = output and output.folder
-    if folder and saved and checkpoint.epoch_of(folder / checkpoint.LAST) < run.epoch:  # its last save had failed
-        checkpoint.save(folder / checkpoint.LAST, **run.state_dict(), **beside)
+    if output and saved and Path(saved_path).resolve() != (output.folder / checkpoint.LAST).resolve():
+        output.save(run.state_dict() | beside)
     if run.epoch + 1 >= args.epochs:
         say(f"Nothing to train: epoch {run.epoch + 1} of {args.epochs} is next (--epochs)")
     started = time.perf_counter()
     test = partial(test_epoch, run, evaluate, val_loader, say)
     with pause.listening():
-        train(args, ranks, run, train_epoch, test, pause, folder, beside, len(train_loader), say)
+        train(args, ranks, run, train_epoch, test, pause, output, beside, len(train_loader), say)
     say(f"Training time {timedelta(seconds=int(time.perf_counter() - started))}")
 
 
-def train(args, ranks, run, train_epoch, test, pause, folder, beside, iterations, say):
-    """The epochs that are left: train, test, save. folder: of checkpoints, where `beside` stands too, and log.txt, or None
+def train(args, ranks, run, train_epoch, test, pause, output, beside, iterations, say):
+    """The epochs that are left: train, test, save. output: the Keeper of checkpoints, in which `beside` stands too, and of log.txt, or None
 
     iterations: of a whole epoch. pause: a pauses.Pauses, which saves and stops between two epochs. Raises engine.Stopped.
     """
     def save():
-        if folder:
-            checkpoint.save(folder / checkpoint.LAST, **run.state_dict(), **beside)
+        if output:
+            output.save(run.state_dict() | beside)
         pause.saved()
 
     def after_update(settle):
@@ -472,18 +463,20 @@ def train(args, ranks, run, train_epoch, test, pause, folder, beside, iterations
             tests, improved = test() if tested else ({}, False)
         except engine.Stopped:
             save()
+            if output:
+                output.finish()
             say(f"Stopped in epoch {epoch} after {stats['steps']} of {iterations} iterations: " + (
-                f"{folder / checkpoint.LAST} goes on there, with --resume auto" if folder else "nothing is saved (--output_dir '')"))
+                f"{output.folder / checkpoint.LAST} goes on there, with --resume auto" if output else "nothing is saved (--output_dir '')"))
             raise
         if not cut:
             run.end_epoch(epoch)
-        if folder:
+        if output:
             row = {
                 "train_lr": stats["lr"], "train_loss": stats["loss"], "test_loss": None, "test_acc1": None, "test_acc5": None,
                 "epoch": epoch, "n_parameters": sum(p.numel() for p in run.net.parameters() if p.requires_grad), **tests,
                 "max_acc1": max(run.best, 0.0), "fps": stats["fps"], "steps": stats["steps"], "complete": not cut,
                 "world_size": ranks.world_size, "global_batch": beside["global_batch"], "epoch_seconds": time.perf_counter() - started}
-            save_epoch(folder, row, run.state_dict() | beside, improved)
+            output.save(run.state_dict() | beside, row, improved, done=None if cut else epoch)
             pause.saved()
         if last:
             break
@@ -501,6 +494,8 @@ def complain(error, training):
         status, text, training = 3, f"{text}: lower --lr, or look at the images of that batch: {names}", False
     elif isinstance(error, engine.NonFiniteEvaluation):
         status, training = 3, False
+    elif isinstance(error, keeper.SaveFailed):
+        status, training = 1, True  # only the first rank knows
     elif isinstance(error, decode.DataError):  # from a loader's worker it comes with that worker's traceback
         status, text = 2, re.sub(r"^decode\.\w+: ", "", text.splitlines()[-1])
     elif isinstance(error, devices.DeviceError):

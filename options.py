@@ -30,6 +30,8 @@ OPTIONS = {
         ("--output_dir",           None,            str,   "folder",            "deit",  "where checkpoints and log.txt go; nothing said: a folder with the model's name; '': nothing is saved"),
         ("--device",               "auto",          str,   "npu|cuda|gpu|cpu|auto", "deit", "auto: npu, else cuda, else cpu; npu:3 picks a card"),
         ("--seed",                 0,               int,   None,                "deit",  "seed of weights, augmentation, noise and the order of images (upstream's order is always seed 0's)"),
+        ("--keep",                 0,               int,   "epochs",            "ours",  "keep the checkpoints of the last so many epochs beside the last and the best: checkpoint_0012.pth is of epoch 12"),
+        ("--milestones",           0,               int,   "epochs",            "ours",  "keep one every so many epochs for ever: checkpoint_0009_milestone.pth is of epoch 9, the tenth"),
         ("--resume",               "",              str,   "file|auto",         "deit",  "go on from a checkpoint, also an https:// address; auto: the newest good one in --output_dir; while there is none, from the beginning"),
         ("--ckpt-steps",           0,               int,   "updates",           "ours",  "save in the middle of an epoch, too, every so many updates; 0: not by number"),
         ("--ckpt-minutes",         10.0,            float, "minutes",           "ours",  "save in the middle of an epoch, too, every so many minutes; 0: not by time"),
@@ -128,8 +130,9 @@ OPTIONS = {
 # What a number may be. Above the largest ones nothing fits a machine, or a library waits, overflows or fails in words of its own.
 MANY = 10**9
 LIMITS = dict(
-    ckpt_steps=(0, MANY), ckpt_minutes=(0, 1e6), batch_size=(1, 10**6), epochs=(1, 10**5), max_step=(0, MANY), input_size=(32, 2**14), num_workers=(0, 1024), accum_steps=(1, 10**6),
-    val_interval=(1, MANY), print_freq=(1, MANY), start_epoch=(0, MANY), sched_lag=(0, MANY), warmup_epochs=(0, MANY),
+    batch_size=(1, 10**6), epochs=(1, 10**5), max_step=(0, MANY), input_size=(32, 2**14), num_workers=(0, 1024), accum_steps=(1, 10**6),
+    val_interval=(1, MANY), keep=(0, MANY), milestones=(0, MANY), ckpt_steps=(0, MANY), ckpt_minutes=(0, 1e6), print_freq=(1, MANY),
+    start_epoch=(0, MANY), sched_lag=(0, MANY), warmup_epochs=(0, MANY),
     cooldown_epochs=(0, MANY), patience_epochs=(0, MANY), recount=(1, 1000), seed=(0, 2**32 - 1), lr=(0, 1e30), warmup_lr=(0, 1e30),
     min_lr=(0, 1e30), weight_decay=(0, 1e4), clip_grad=(0, 1e30), opt_eps=(0, 1e6), mixup=(0, 1e6), cutmix=(0, 1e6), color_jitter=(0, 1e6),
     distillation_tau=(1e-6, 1e6), decay_epochs=(1e-6, MANY), decay_rate=(1e-6, 1e3), lr_noise_pct=(0.01, 1), lr_noise_std=(0, 100))
@@ -326,8 +329,8 @@ def notes(args, device_type=None):
         idle(["crop_pct"], "nothing is evaluated")
     if not resume_file(args):
         idle(["allow_change"], "nothing is resumed")
-    if args.output_dir == "":
-        idle(["ckpt_steps", "ckpt_minutes"], "nothing is saved without --output_dir")
+    if not output_folder(args):
+        idle(["ckpt_steps", "ckpt_minutes", "keep", "milestones"], "--output_dir is empty, so nothing is saved")
     if resume_file(args):
         idle(["start_epoch"], "a checkpoint that can be resumed says where to go on")
     if args.sched not in ("step", "plateau", "poly"):

@@ -1,4 +1,5 @@
 """What do people read while it runs? Log lines, the fps they show, a progress bar, and the JSON log."""
+import contextlib
 import itertools
 import json
 import os
@@ -151,11 +152,18 @@ def open_output():
 
 
 def append_json(path, row):
-    """One epoch, one line, on the disk before the checkpoint that counts on it."""
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """One epoch, one line, on the disk before the checkpoint that counts on it. Whole, or not at all: then OSError."""
+    line = json.dumps(row).encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[file.write(line):]
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
 
 
 def log_rows(path):

@@ -1,10 +1,13 @@
 """What survives a crash: checkpoints are whole, plain, portable, and found again."""
 import argparse
+import contextlib
+import hashlib
 import io
 import os
 import pickle
 import random
 import struct
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -145,7 +148,7 @@ def test_what_cannot_be_read_is_one_line_with_the_path(tmp_path, monkeypatch, ki
 
 
 @pytest.fixture(scope="module")
-def healthy():
+def healthy(tmp_path_factory):
     """A checkpoint like those of a run, in each format. -> {format: bytes}"""
     model = net()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -158,6 +161,9 @@ def healthy():
         file = io.BytesIO()
         torch.save(content, file, _use_new_zipfile_serialization=new)
         written[kind] = file.getvalue()
+    path = tmp_path_factory.mktemp("ours") / "checkpoint.pth"
+    checkpoint.save(path, **content)
+    written["ours"] = path.read_bytes()
     return written
 
 
@@ -177,6 +183,38 @@ def damage(content, rng):
         for _ in range(1 if kind == "flip" else 8):
             content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     return bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_the_damage_a_checkpoint_of_ours_is_read_as_it_was_written_or_refused(tmp_path, healthy):
+    """By its checksum: also where a number of a tensor has changed, which no reader of zips sees."""
+    rng, path, changed = random.Random(0), tmp_path / "checkpoint.pth", 0
+    path.write_bytes(healthy["ours"])
+    whole = checkpoint.read(path)
+    for number in range(600):
+        content = damage(healthy["ours"], rng)
+        path.write_bytes(content)
+        changed += content != healthy["ours"]
+        with contextlib.suppress(ValueError):
+            found = checkpoint.read(path)
+            assert equal(found["model"], whole["model"]) and found["options"] == whole["options"] and found["epoch"] == 3, number
+    assert changed > 500
+    content = bytearray(healthy["ours"])
+    content[content.index(whole["model"]["body.weight"].numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^cannot read the checkpoint {path} \(its SHA-256 is another than when it was written\): it is"):
+        checkpoint.read(path)
+    assert checkpoint.stage_of(path) == (3, 0)  # which looks at no tensor
+
+
+def test_a_checkpoint_with_its_checksum_is_a_plain_file_of_torchs(tmp_path):
+    checkpoint.save(tmp_path / "a.pth", model={"a": torch.arange(5.0)})
+    for mapped in (False, True):
+        assert torch.load(tmp_path / "a.pth", weights_only=True, mmap=mapped)["model"]["a"].tolist() == [0, 1, 2, 3, 4]
+    with zipfile.ZipFile(tmp_path / "a.pth") as file:
+        content = (tmp_path / "a.pth").read_bytes()
+        assert file.testzip() is None
+        assert file.comment.decode() == "sha256 " + hashlib.sha256(content[:-73] + bytes(2)).hexdigest()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -288,6 +326,31 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_next(tmp_path):
     best.write_bytes(b"")
     with pytest.raises(ValueError, match="cannot read the checkpoint"):
         checkpoint.find_newest(tmp_path)
+
+
+def test_the_newest_good_one_of_all_that_a_run_keeps_is_found_with_the_reason(tmp_path):
+    names = ["checkpoint.pth", "checkpoint_0007.pth", "checkpoint_0006.pth", "checkpoint_0005_milestone.pth", "checkpoint_best.pth"]
+    for epoch, name in zip((7, 7, 6, 5, 2), names):
+        checkpoint.save(tmp_path / name, epoch=epoch, weight=torch.ones(9), progress={"updates": 4 if name == "checkpoint.pth" else 0})
+    checkpoint.save(tmp_path / "checkpoint_mine.pth", epoch=99)  # nobody's
+    for i, name in enumerate(names):
+        said = []
+        path, content = checkpoint.find_newest(tmp_path, said.append)
+        assert (path.name, content["epoch"]) == (name, (7, 7, 6, 5, 2)[i]) and len(said) == i
+        assert all(f"cannot read the checkpoint {tmp_path / bad} (" in text and text.endswith(f"; {name} is the newest good one")
+                   for bad, text in zip(sorted(names[:i]), sorted(said)))
+        damaged = bytearray(path.read_bytes())
+        damaged[damaged.index(torch.ones(9).numpy().tobytes())] ^= 1
+        path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="its SHA-256 is another"):
+        checkpoint.find_newest(tmp_path)
+
+
+def test_what_is_kept_of_an_earlier_run_is_moved_aside_and_what_is_damaged_is_not_overwritten(tmp_path):
+    for name, epoch in (("checkpoint.pth", 4), ("checkpoint_0004.pth", 4), ("checkpoint_0006_milestone.pth", 6)):
+        checkpoint.save(tmp_path / name, epoch=epoch, weight=torch.ones(9))
+    assert checkpoint.prepare_folder(tmp_path, resumed=tmp_path / "checkpoint.pth", auto=True) == ["checkpoint_0006_milestone.pth.1"]
+    assert checkpoint.prepare_folder(tmp_path) == ["checkpoint.pth.1", "checkpoint_0004.pth.1"]
 
 
 def test_a_folder_without_a_checkpoint_is_an_error_that_names_it(tmp_path):

@@ -676,69 +676,132 @@ def test_a_run_that_is_resumed_with_a_rate_of_0_moves_nothing(works, small, tmp_
     assert_close(load(tmp_path / "checkpoint.pth")["model"], load(small / "checkpoint.pth")["model"])
 
 
+@pytest.fixture
+def disk(monkeypatch):
+    """disk(failing, epoch) lets each write of that file fail while that epoch is saved; a save ends before the training goes on."""
+    whole_save, whole_write, whole_row, broken = main.keeper.Keeper.save, checkpoint.replacing, utils.append_json, []
+
+    def save(self, *args, **kwargs):
+        whole_save(self, *args, **kwargs)
+        self.wait()
+
+    def full(path, epoch):
+        if (path.name, epoch) in broken:
+            raise OSError(28, "No space left on device")
+
+    def write(path, content):
+        full(path, content["epoch"])
+        with whole_write(path) as file:
+            torch.save(content, file)
+
+    def append(path, row):
+        full(path, row["epoch"])
+        whole_row(path, row)
+
+    monkeypatch.setattr(main.keeper.Keeper, "save", save)
+    monkeypatch.setattr(checkpoint, "write", write)
+    monkeypatch.setattr(utils, "append_json", append)
+    return lambda *what: broken.append(what)
+
+
 @pytest.mark.parametrize("failing", ["log.txt", "checkpoint_best.pth", "checkpoint.pth"])
 @pytest.mark.parametrize("epoch", [0, 1, 2])
-def test_a_failed_save_loses_neither_a_row_nor_the_best(start, works, monkeypatch, tmp_path, failing, epoch):
-    """Each epoch is better than the one before; the resumed run ends as if nothing had failed."""
-    whole_save, whole_row, whole_evaluate = checkpoint.save, utils.append_json, engine.evaluate
+def test_a_failed_save_loses_neither_a_row_nor_the_best(start, works, monkeypatch, tmp_path, disk, failing, epoch):
+    """Each epoch is better than the one before; the training goes on, and ends as if nothing had failed, or says so."""
+    whole_evaluate = engine.evaluate
 
     def evaluate(loader, net, **kwargs):
         stats = whole_evaluate(loader, net, **kwargs)
         return stats | {"acc1": 100 * math.exp(-stats["loss"])}
 
-    def save(path, **content):
-        if path.name == failing and content["epoch"] == epoch:
-            raise OSError(28, "No space left on device")
-        whole_save(path, **content)
-
-    def append(path, row):
-        if path.name == failing and row["epoch"] == epoch:
-            raise OSError(28, "No space left on device")
-        whole_row(path, row)
-
     words = [SMALL, *PLAIN, "--epochs=3", "--lr=0.02", "--output_dir"]
     monkeypatch.setattr(engine, "evaluate", evaluate)
+    monkeypatch.setattr(checkpoint, "copy", lambda path, other: checkpoint.write(other, checkpoint.read(path)))
     works(*words, tmp_path / "straight")
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", save)
-        patch.setattr(utils, "append_json", append)
-        done = start(*words, tmp_path / "run")
-        assert done.status == 1 and "No space left on device" in done.err
-    whole = any((tmp_path / "run" / name).is_file() for name in ("checkpoint.pth", "checkpoint_best.pth"))
-    works(*words, tmp_path / "run", *(["--resume=auto"] if whole else []))
-    straight, resumed = rows(tmp_path / "straight"), rows(tmp_path / "run")
-    assert straight[0]["test_acc1"] < straight[1]["test_acc1"] < straight[2]["test_acc1"]
-    assert [row["epoch"] for row in resumed] == [0, 1, 2]
-    for key in ("train_loss", "test_acc1", "max_acc1"):
-        assert [row[key] for row in resumed] == pytest.approx([row[key] for row in straight], rel=1e-5)
-    best, (_, newest) = load(tmp_path / "run" / "checkpoint_best.pth"), checkpoint.find_newest(tmp_path / "run")
-    assert best["best_accuracy"] == newest["best_accuracy"] == resumed[-1]["max_acc1"] and best["epoch"] == newest["epoch"] == 2
-    assert_close(newest["model"], load(tmp_path / "straight" / "checkpoint.pth")["model"])
+    disk(failing, epoch)
+    done = start(*words, tmp_path / "run")
+    why = f"{tmp_path}/run/{failing} cannot be written (No space left on device)"
+    assert f"warning: {why}: the training goes on, what was saved before stays, and the next save tries again\n" in done.out or epoch == 2
+    if failing == "log.txt" or epoch == 2:  # the row of that epoch is never written
+        assert (done.status, done.err) == (1, f"error: {why}: the end of this training is not saved: make room, or mend the folder; "
+                                              "--resume auto goes on from what is\n")
+        return
+    assert done.status == 0, done.err
+    straight, run = rows(tmp_path / "straight"), rows(tmp_path / "run")
+    for key in ("epoch", "train_loss", "test_acc1", "max_acc1"):
+        assert [row[key] for row in run] == pytest.approx([row[key] for row in straight], rel=1e-5)
+    for name in ("checkpoint.pth", "checkpoint_best.pth"):
+        saved = load(tmp_path / "run" / name)
+        assert saved["epoch"] == 2 and saved["best_accuracy"] == run[-1]["max_acc1"]
+        assert_close(saved["model"], load(tmp_path / "straight" / name)["model"])
 
 
-@pytest.mark.parametrize("failing", ["checkpoint_best.pth", "checkpoint.pth"])
-def test_the_best_file_and_the_claimed_best_agree_after_a_failed_save_of_a_better_epoch(start, works, monkeypatch, tmp_path, failing):
-    """Also where nothing later is better."""
-    accuracies, whole_save, tried = [20.0, 60.0, 40.0, 50.0], checkpoint.save, []
+def test_the_best_file_and_the_claimed_best_agree_after_a_failed_save_of_a_better_epoch(works, monkeypatch, tmp_path, disk):
+    """Also where nothing later is better: what could not be written is kept."""
+    accuracies, tried = iter([20.0, 60.0, 40.0, 50.0]), checkpoint.write
 
-    def evaluate(*_, **__):
-        return {"loss": 1.0, "acc1": accuracies[len(rows(tmp_path)) if (tmp_path / "log.txt").exists() else 0], "acc5": 100.0, "images": 11}
-
-    def save(path, **content):
-        if path.name == failing and content["epoch"] == 1 and not tried:
-            tried.append(path)
+    def write(path, content):
+        if path.name == "checkpoint_best.pth" and content["epoch"] == 1 and not failed:
+            failed.append(path)
             raise OSError(28, "No space left on device")
-        whole_save(path, **content)
+        tried(path, content)
 
-    words = [SMALL, "--epochs=4", "--output_dir", tmp_path]
-    monkeypatch.setattr(engine, "evaluate", evaluate)
-    monkeypatch.setattr(checkpoint, "save", save)
-    assert start(*words).status == 1 and tried
-    works(*words, "--resume=auto")
-    assert [(row["epoch"], row["test_acc1"], row["max_acc1"]) for row in rows(tmp_path)] == [
+    failed = []
+    monkeypatch.setattr(checkpoint, "write", write)
+    monkeypatch.setattr(engine, "evaluate", lambda *_, **__: {"loss": 1.0, "acc1": next(accuracies), "acc5": 100.0, "images": 11})
+    works(SMALL, "--epochs=4", "--output_dir", tmp_path)
+    assert failed and [(row["epoch"], row["test_acc1"], row["max_acc1"]) for row in rows(tmp_path)] == [
         (0, 20, 20), (1, 60, 60), (2, 40, 60), (3, 50, 60)]
     best, last = load(tmp_path / "checkpoint_best.pth"), load(tmp_path / "checkpoint.pth")
     assert (best["epoch"], best["best_accuracy"], last["epoch"], last["best_accuracy"]) == (1, 60, 3, 60)
+
+
+DISK_FILLS = """
+import resource, sys
+import main, keeper
+save = keeper.Keeper.save
+def limited(self, content, *args, **kwargs):
+    self.wait()
+    full = content["epoch"] in map(int, sys.argv[1].split(","))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if full else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    save(self, content, *args, **kwargs)
+keeper.Keeper.save = limited
+sys.exit(main.run(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("full, last, status", [("1", 3, 0), ("2,3", 1, 1)])
+def test_a_disk_that_is_full_for_a_while_costs_one_line_and_ends_no_training(data, tmp_path, full, last, status):
+    """The system itself refuses, in the middle of a file."""
+    folder = tmp_path / "run"
+    done = run([sys.executable, "-c", DISK_FILLS, full, *usual(data), SMALL, "--epochs=4", "--output_dir", folder], None,
+               {"PYTHONPATH": str(ROOT)}, 600)
+    why = rf"{re.escape(str(folder))}/checkpoint(_best)?\.pth cannot be written \(File too large\): "
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: /")]
+    assert len(warnings) == 1 and re.fullmatch(rf"warning: {why}the training goes on, .* the next save tries again", warnings[0])
+    assert done.returncode == status and [row["epoch"] for row in rows(folder)] == [0, 1, 2, 3]
+    assert load(folder / "checkpoint.pth")["epoch"] == last and "Traceback" not in done.stderr
+    assert bool(status) == bool(re.search(rf"^error: {why}the end of this training is not saved: .*$", done.stderr, re.M)), done.stderr
+    assert not [name for name in os.listdir(folder) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("words, names", [
+    (["--keep=2"], ["checkpoint_0003.pth", "checkpoint_0004.pth"]),
+    (["--milestones=2"], ["checkpoint_0001_milestone.pth", "checkpoint_0003_milestone.pth"]),
+    (["--keep=1", "--milestones=3"], ["checkpoint_0002_milestone.pth", "checkpoint_0004.pth"])])
+def test_the_epochs_that_are_kept(works, tmp_path, words, names):
+    words = [SMALL, "--epochs=5", "--no-eval", *words, "--output_dir", tmp_path]
+    done = works(*words)
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, "checkpoint.pth", "log.txt"]), done.out
+    for name in names:
+        assert load(tmp_path / name)["epoch"] == int(name.split("_")[1][:4])
+    last = tmp_path / "checkpoint.pth"
+    last.write_bytes(last.read_bytes()[:1000])
+    again = works(*words, "--resume=auto", "--epochs=6")
+    assert re.search(rf"note: cannot read the checkpoint {last} \(.*; {names[-1]} is the newest good one\n", again.out)
+    epoch = int(names[-1].split("_")[1][:4])
+    assert f"Resuming from {tmp_path}/{names[-1]}, after epoch {epoch}\n" in again.out
+    assert [row["epoch"] for row in rows(tmp_path)] == list(range(6)) and (tmp_path / "checkpoint.pth.1").is_file()
 
 
 def test_twins_goes_on_with_its_optimizer_and_best_accuracy(works, trained):

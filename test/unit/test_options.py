@@ -317,6 +317,7 @@ IDLE = {
     "--data-set CIFAR10 --input-size 32 --train-interpolation bilinear": "train_interpolation",
     "--data-set CIFAR --input-size 32 --crop-pct 1": "crop_pct", "--no-eval --crop-pct 1": "crop_pct",
     "--data-set CIFAR --input-size 32 --interpolation bilinear": "interpolation",
+    "--keep 3 --output_dir=": "keep", "--milestones 3 --output_dir=": "milestones",
     "--resume a.pth --start_epoch 2": "start_epoch", "--resume auto --output_dir out --start_epoch 2": "start_epoch"}
 
 
