@@ -267,7 +267,7 @@ if __name__ == "__main__":
                 print(f"{split.name}: {len(index.records)} images of {len(index.classes)} classes in {tars}",
                       *shards.left_out(index), *(f"{old} was another's, and is now {new}" for old, new in index.aside), sep="; ")
         else:
-            sys.exit(__doc__)
+            sys.exit(__doc__ or "digits DIR, shards FOLDER DIR or index DIR")  # python -OO has none
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:

@@ -117,7 +117,7 @@ def check_torch_npu(args):
         yield ok("torch_npu", f"{torch_npu}, the same as torch")
 
     if not any(folder and Path(folder, "libhccl.so").exists() for folder in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)):
-        script = next((root / name / "set_env.sh" for root in (Path("/usr/local/Ascend"), Path.home() / "Ascend")
+        script = next((root / name / "set_env.sh" for root in (Path("/usr/local/Ascend"), Path(os.path.expanduser("~/Ascend")))
                        for name in ("cann", "ascend-toolkit", "nnae") if (root / name / "set_env.sh").is_file()), None)
         yield bad("CANN", "not sourced: LD_LIBRARY_PATH has no libhccl.so" if script else "not installed: no set_env.sh in "
                   "/usr/local/Ascend or ~/Ascend", f"{f'source {script}' if script else 'install it'}, or train with --device cpu")
@@ -401,7 +401,7 @@ def check_all(args):
 
 
 def run(argv=None):
-    parser = argparse.ArgumentParser("doctor.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser("doctor.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--data-path", "--data_path", default="", help="the data set to look at")
     parser.add_argument("--data-set", "--data_set", default="IMNET", choices=options.DATA_SETS, help="its kind, as main.py's")
     parser.add_argument("--class-map", "--class_map", default="", help="which output is which class, as main.py's")

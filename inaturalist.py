@@ -72,28 +72,27 @@ def rows(name, content, columns, part=None):
     for i, entry in enumerate(found):
         for column, kind in columns.items():
             if not isinstance(entry, dict) or not kind(entry.get(column)):
-                raise ValueError(f"{name}: entry {i}{where} has no {column} that is {kind.__doc__}")
+                raise ValueError(f"{name}: entry {i}{where} has no {column} that is {KINDS[kind]}")
         yield [entry[column] for column in columns]
 
 
 def whole(value):
-    """a whole number"""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def key(value):
-    """a number or a text"""
     return whole(value) or text(value)
 
 
 def text(value):
-    """a text"""
     return isinstance(value, str) and value != "" and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def inner_path(value):
-    """a path inside the data set"""
     return text(value) and "\0" not in value and not os.path.isabs(value) and ".." not in Path(value).parts
+
+
+KINDS = {whole: "a whole number", key: "a number or a text", text: "a text", inner_path: "a path inside the data set"}
 
 
 def find(root, file_name):

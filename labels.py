@@ -325,8 +325,17 @@ def from_rows(text):
     return [(name, int(number)) for name, number in rows]
 
 
+def unrepeated(pairs):
+    """json takes the last of two without a word."""
+    found = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            raise ValueError(f"{short(key)} is there twice, as {short(str(found[key]))} and as {short(str(value))}")
+    return found
+
+
 def from_json(text):
-    content = json.loads(text)
+    content = json.loads(text, object_pairs_hook=unrepeated)
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
         return [(name, i) for i, name in enumerate(content)]
     if isinstance(content, dict):

@@ -1,6 +1,8 @@
 """How do batches reach the training? Samplers, worker processes, and what is drawn at random for an image."""
+import os
 import random
 import signal
+import tempfile
 from functools import partial
 
 import numpy as np
@@ -41,6 +43,19 @@ def images_of(loader):
     return loader.dataset.images if isinstance(loader.dataset, DrawnImages) else loader.dataset
 
 
+def check_sockets(longest=71):
+    """ValueError where workers could not hand over a batch: it comes through a socket in the folder for temporary files, whose
+    path has few characters: 103 on macOS, with multiprocessing's own 32. The training would wait for ever."""
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ValueError("there is no folder for temporary files, which loader workers need: set TMPDIR to one that can be written, or "
+                         "--num_workers 0") from error
+    if len(os.fsencode(folder)) > longest:
+        raise ValueError(f"TMPDIR is {folder}, too long a path for the sockets of loader workers: set it to one of at most {longest} "
+                         "characters, such as /tmp, or --num_workers 0")
+
+
 def build_loader(dataset, is_train, batch_size, workers, rank=0, ranks=1, seed=0, repeated_aug=False, pin_memory=False,
                  start_method=None, accum_steps=1):
     """Batches of (images, classes, names) for this rank. Training is whole updates of ranks * accum_steps batches; evaluation pads
@@ -49,6 +64,8 @@ def build_loader(dataset, is_train, batch_size, workers, rank=0, ranks=1, seed=0
     Raises ValueError where the data are too few for one update. Iterate it once an epoch, after set_epoch.
     start_method: how workers start, where the system's own way will not do.
     """
+    if workers:
+        check_sockets()
     common = dict(num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0, worker_init_fn=leave_signals_to_the_parent,
                   multiprocessing_context=start_method if workers else None)
     if not is_train:

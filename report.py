@@ -78,9 +78,19 @@ def draw_curves(rows, path):
     right.grid(alpha=0.3)
     if right.lines:
         right.legend(loc="lower right")
+    keep(figure, path)
+
+
+def keep(figure, path):
+    """Write a picture. Raises ValueError where it cannot be written."""
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise ValueError(f"cannot write {path} ({error.strerror}): make its folder writable and room on its disk, or copy the run "
+                         "elsewhere") from error
+    finally:
+        plt.close(figure)
 
 
 @torch.no_grad()
@@ -153,9 +163,7 @@ def draw_predictions(shown, classes, path, mean, std, columns=8, say=print):
         right = guess == target
         title = f"{names[guess]} {100 * probability:.0f} %" if right else f"{names[guess]}, is {names[target]}"
         axis.set_title(title, fontsize=9, color="tab:green" if right else "tab:red", family=families, parse_math=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    keep(figure, path)
 
 
 def report(folder, data_path=None, device="auto", count=40, say=print):
@@ -199,5 +207,5 @@ if __name__ == "__main__":
     except devices.NeedsRestart:
         devices.restart_without_npu()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {utils.shown(error)}", file=sys.stderr)
         sys.exit(2)

@@ -71,6 +71,19 @@ def test_validation_resizes_crops_and_normalises(size, resize, width, height):
     torch.testing.assert_close(datasets.build_transform(False, size)(image), by_hand(image, size, resize), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_middle_of_a_very_long_image_is_all_that_is_resized(turned):
+    """As if all of it were, in no more memory than another image: 20000 x 1 pixels would be 5,120,000 x 256."""
+    image = photograph(400, 20).resize((4000, 20))
+    image = image.transpose(Image.Transpose.TRANSPOSE) if turned else image
+    transform = datasets.build_transform(False, 64)
+    torch.testing.assert_close(transform(image), by_hand(image, 64, 73), rtol=0, atol=1.01 / 255 / min(STD))
+    sizes = []
+    transform.transforms.insert(2, lambda resized: sizes.append(resized.size) or resized)
+    transform(Image.new("RGB", (1, 20000) if turned else (20000, 1)))
+    assert max(sizes[0]) == 7300
+
+
 def test_native_size_is_only_normalised():
     image = photograph(32, 32)
     expected = torch.from_numpy(((np.array(image) / 255.0 - MEAN) / STD).transpose(2, 0, 1)).float()

@@ -199,6 +199,19 @@ def test_no_data(run, no_torch, tmp_path):
     assert found["import torch"][0][0] == found["data"][0][0] == "fail"
 
 
+def test_python_without_docstrings_and_a_user_without_a_home():
+    """python -OO, and a container's user whom /etc/passwd does not know: Path.home() has no answer there."""
+    environment = {key: value for key, value in os.environ.items() if key != "HOME"} | {"PYTHONOPTIMIZE": "2"}
+    code = ("import pwd, sys\ndef getpwuid(_):\n    raise KeyError\npwd.getpwuid = getpwuid\nimport doctor, inaturalist\n"
+            "doctor.installed = lambda name: '2.13.0'\n"
+            "print(len([*doctor.check_torch_npu(doctor.argparse.Namespace(device='npu'))]))\n"
+            "try:\n    [*inaturalist.rows('x', [{}], {'id': inaturalist.whole})]\nexcept ValueError as error:\n    print(error)\n"
+            "doctor.run(['--images', '0'])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "--images is 0, and must be at least 1" in done.stderr
+    assert done.stdout.splitlines()[0] == "2" and done.stdout.splitlines()[1].endswith("has no id that is a whole number")
+
+
 # ---- environments ----
 
 def test_torch_npu_without_cann(run, package, tmp_path):

@@ -257,7 +257,8 @@ def test_a_text_file_is_read_as_timm_reads_it(tmp_path):
     ("m.csv", "cat,1\ndog,-1\n", "the row 'dog,-1' is not name,number"), ("m.csv", "", "it is empty"),
     ("m.json", "{", "Expecting property name"), ("m.json", '{"cat": 1.0}', "neither"), ("m.json", '{"cat": true}', "neither"),
     ("m.json", '{"cat": -1}', "numbers from 0"), ("m.json", '{"cat": 1e400}', "neither"), ("m.json", "3", "neither"),
-    ("m.json", "[1]", "neither"),
+    ("m.json", "[1]", "neither"), ("m.json", '{"cat": 0, "dog": 2, "cat": 1}', "'cat' is there twice, as '0' and as '1'"),
+    ("m.json", '{"0": "cat", "0": "dog"}', "'0' is there twice, as 'cat' and as 'dog'"),
     ("m.json", '{"cat": 99999999}', "numbers from 0"), ("m.json", "[" * 100000, "recursion"), ("m.json", '{"0": []}', "neither")])
 def test_what_is_no_class_map_is_one_line(tmp_path, name, text, said):
     with pytest.raises(ValueError) as caught:

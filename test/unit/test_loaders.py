@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import devices
 import doctor
+import loaders
 
 
 def test_a_long_window_of_the_log_holds_no_files_open(tiny_folder, tmp_path):
@@ -153,3 +155,31 @@ def test_doctor_says_how_much_a_small_shared_memory_has(monkeypatch):
     assert row[0] == "fail"
     assert "63.9 MB free; 2 batches of each of 8 workers take 1.2 GB a card, of 1" in " ".join(row)
     assert "--shm-size" in " ".join(row)
+
+
+def test_a_folder_for_temporary_files_that_sockets_cannot_lie_in(run_main, tiny_folder, tmp_path):
+    """Workers would lose each batch, and the training wait for ever. Without workers no socket is needed."""
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    words = ["--device=cpu", f"--data-path={tiny_folder}", "--input-size=32", "--batch-size=8", "--epochs=1", "--max_step=1", "--no-eval"]
+    done = run_main(*words, "--num_workers=1", cwd=tmp_path, env={"TMPDIR": str(folder)}, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == (f"error: TMPDIR is {folder}, too long a path for the sockets of loader workers: set it to one of at most 71 "
+                           "characters, such as /tmp, or --num_workers 0\n")
+    assert run_main(*words, "--num_workers=0", cwd=tmp_path, env={"TMPDIR": str(folder)}, timeout=120).returncode == 0
+
+
+def test_a_folder_for_temporary_files_of_the_longest_name_serves():
+    """What is not refused works."""
+    here = tempfile.mkdtemp(dir="/tmp")
+    folder = os.path.join(here, "x" * (loaders.check_sockets.__defaults__[0] - len(here) - 1))
+    os.mkdir(folder)
+    code = ("import sys, torch\nsys.path.insert(0, sys.argv[1])\nimport loaders\n"
+            "print(len([*loaders.build_loader(torch.utils.data.TensorDataset(torch.zeros(4, 3)), False, 2, 1)]))")
+    try:
+        done = subprocess.run([sys.executable, "-c", code, ROOT], env=os.environ | {"TMPDIR": folder}, capture_output=True, text=True,
+                              timeout=120)
+    finally:
+        os.rmdir(folder)
+        os.rmdir(here)
+    assert done.stdout == "2\n", done.stderr

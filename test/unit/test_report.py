@@ -200,6 +200,14 @@ def test_a_mistake_is_one_line(copy, command, monkeypatch, kind, line):
     assert said.startswith(f"error: {line.replace('RUN', str(copy))}"), said
 
 
+def test_a_picture_that_cannot_be_written_is_one_line(copy, command):
+    (copy / "curves.png").unlink(missing_ok=True)
+    (copy / "curves.png").mkdir()
+    said = command(copy, "--device=cpu")
+    assert said.strip() == (f"error: cannot write {copy}/curves.png (Is a directory): make its folder writable and room on its disk, or "
+                            "copy the run elsewhere")
+
+
 def test_an_unreadable_image_is_one_line(copy, tiny_folder, shards, tmp_path, command):
     data = shutil.copytree(tiny_folder, tmp_path / "data")
     (data / "val" / "leaves" / "09.png").write_bytes(b"")

@@ -229,7 +229,7 @@ def test_every_published_model_is_prepared_as_timm_says():
 
 def test_twins_pixels_stay_as_they_are():
     for size in range(32, 1025):
-        assert transforms.build_transform(False, size).transforms[0].size == int(256 / 224 * size)
+        assert transforms.build_transform(False, size).transforms[1].size == int(256 / 224 * size)
     config = networks.configuration("alt_gvt_small")
     assert Preprocessing.published(config, 224) == TWINS == networks.preprocessing("alt_gvt_small", 224)
 
