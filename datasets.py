@@ -262,7 +262,8 @@ if __name__ == "__main__":
             if not splits:
                 raise ValueError(f"{paths[0]} has neither train/ nor val/ with tar shards")
             for split in splits:
-                index = shards.write_index(split)
+                with shards.writing(split / "index.json"):
+                    index = shards.write_index(split)
                 tars = f"{len(index.counts)} shard{'s' if len(index.counts) > 1 else ''}"
                 print(f"{split.name}: {len(index.records)} images of {len(index.classes)} classes in {tars}",
                       *shards.left_out(index), *(f"{old} was another's, and is now {new}" for old, new in index.aside), sep="; ")

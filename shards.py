@@ -406,7 +406,7 @@ def read_records(folder, content):
 def write_index(folder, classes=None):
     """index.json and index.npy of the shards of one split, read from header to header. An older index's class names are kept.
 
-    -> Index. Raises ValueError where the shards are not whole or a label is outside the names.
+    -> Index. Raises ValueError where the shards are not whole or a label is outside the names; an OSError is the disk's (`writing`).
     """
     folder = Path(folder)
     shards = find(folder)
@@ -448,19 +448,18 @@ def set_aside(path):
 def replace(files, others=()):
     """Write {path: data}. All are whole on the disk before the first gets its name: where one fails, nothing has changed.
 
-    others: files that make room first. -> [(name, its new name)] of them. Raises ValueError where the disk says no.
+    others: files that make room first. -> [(name, its new name)] of them
     """
     beside = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
     try:
         for path, data in files.items():
-            with writing(path), open(beside[path], "wb") as file:
+            with open(beside[path], "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        with writing(path.parent):
-            aside = [(other.name, set_aside(other)) for other in others]
-            for path in files:
-                os.replace(beside[path], path)
+        aside = [(other.name, set_aside(other)) for other in others]
+        for path in files:
+            os.replace(beside[path], path)
         return aside
     finally:
         for path in beside.values():

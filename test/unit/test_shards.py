@@ -928,8 +928,8 @@ def test_a_disk_that_says_no_is_one_line_and_leaves_nothing(tiny_folder, tmp_pat
     with pytest.raises(SystemExit) as caught:
         command("shards", tiny_folder, tmp_path / "tars")
     monkeypatch.undo()
-    path, said = re.fullmatch(r"error: cannot write (\S+) \((.+\): .+)", caught.value.code).groups()
-    assert said == f"{os.strerror(number)}): {DISK[number]}" and path.startswith(str(tmp_path)) and os.listdir(tmp_path) == []
+    assert caught.value.code == f"error: cannot write {tmp_path}/tars ({os.strerror(number)}): {DISK[number]}"
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("number", DISK)
@@ -945,7 +945,7 @@ def test_an_index_that_cannot_be_written_leaves_the_old_one(numbered, monkeypatc
     with pytest.raises(SystemExit) as caught:
         command("index", numbered.parent)
     monkeypatch.undo()
-    assert re.fullmatch(rf"error: cannot write {numbered}(/index\.\w+)? \({os.strerror(number)}\): {DISK[number]}", caught.value.code)
+    assert caught.value.code == f"error: cannot write {numbered}/index.json ({os.strerror(number)}): {DISK[number]}"
     (numbered / "2.tar").unlink()
     assert everything(numbered) == before and content_of(numbered) == EXPECTED
 
@@ -956,7 +956,7 @@ def test_another_tools_index_stays_where_ours_cannot_be_written(numbered, monkey
     def fail(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(ValueError, match="make room on its disk"):
+    with pytest.raises(OSError, match="No space left"):
         shards.write_index(numbered)
     assert sorted(os.listdir(numbered)) == ["0.tar", "1.tar", "index.json"]
 
