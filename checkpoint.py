@@ -1,7 +1,7 @@
 """What survives a crash? Checkpoints: save, find, read, load, adapt to another head.
 
 A checkpoint is a plain dict of CPU tensors, numbers and strings: {model, optimizer, schedule, scaler, model_ema, epoch,
-best_accuracy, options, classes, preprocessing}. It reads with weights_only on any device, and is never half-written.
+best_accuracy, options, classes, preprocessing, manifest}. It reads with weights_only on any device, and is never half-written.
 """
 import argparse
 import codecs

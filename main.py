@@ -41,6 +41,7 @@ import keeper
 import labels
 import loaders
 import losses
+import manifest
 import networks
 import optim
 import pauses
@@ -217,6 +218,20 @@ def open_output(args, ranks, say):
     output = keeper.Keeper(folder, say, args.keep, args.milestones) if saves else None
     all_agree(ranks, lambda: output and output.open())
     return output or contextlib.nullcontext()
+
+
+def describe(args, dataset, saved, path, say):
+    """-> the manifest of this training. saved: the checkpoint at `path` that it goes on from, or None: what this command changes of it
+    is said, and other data are a ValueError without --allow-change."""
+    made = manifest.describe(dataset, args.data_path)
+    if saved and (changed := manifest.changes(saved, made, vars(args))):
+        say(f"note: this is not what {path} was trained with: {', '.join(changed)}")
+    then = saved.get("manifest") if saved else None
+    if other := manifest.other_data(then.get("data") if isinstance(then, dict) else None, made["data"]):
+        if not args.allow_change:
+            raise ValueError(f"{path} was trained on other data ({other}): give it its own, or --allow-change goes on with these")
+        say(f"note: {path} was trained on other data ({other}): --allow-change goes on with these")
+    return made
 
 
 def prepare_output(output, args, saved_path, start_epoch):
@@ -411,13 +426,14 @@ def run_in(output, args, ranks, say):
         if args.sched == "plateau":
             say(f"plateau goes on at {run.optimizer.param_groups[0]['lr']:g}")
     train_epoch = build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preprocessing, say)
+    made = all_agree(ranks, lambda: (output or saved) and describe(args, loaders.images_of(train_loader), saved, saved_path, say))
     moved = all_agree(ranks, lambda: output and prepare_output(output, args, saved_path, run.epoch + 1))
     if moved:
         say(f"An earlier run's files in {output.folder} are now {', '.join(moved)}")
     say(f"Checkpoints and log.txt go to {output.folder}" if output else "warning: --output_dir is empty: nothing of this training is saved")
     say(recipe(args, ranks, run, peak_lr, train_loader, preprocessing, accum_steps))
     beside = dict(options=vars(args), classes=numbering.names, named=numbering.named, preprocessing=preprocessing.save(),
-                  global_batch=global_batch(args, ranks, accum_steps))
+                  global_batch=global_batch(args, ranks, accum_steps), manifest=made)
     if output and saved and Path(saved_path).resolve() != (output.folder / checkpoint.LAST).resolve():
         output.save(run.state_dict() | beside)
     if run.epoch + 1 >= args.epochs:

@@ -35,7 +35,7 @@ OPTIONS = {
         ("--resume",               "",              str,   "file|auto",         "deit",  "go on from a checkpoint, also an https:// address; auto: the newest good one in --output_dir; while there is none, from the beginning"),
         ("--ckpt-steps",           0,               int,   "updates",           "ours",  "save in the middle of an epoch, too, every so many updates; 0: not by number"),
         ("--ckpt-minutes",         10.0,            float, "minutes",           "ours",  "save in the middle of an epoch, too, every so many minutes; 0: not by time"),
-        ("--allow-change",         False,           SWITCH, None,               "ours",  "let a resumed run go on with another global batch"),
+        ("--allow-change",         False,           SWITCH, None,               "ours",  "let a resumed run go on with other data, or another global batch"),
         ("--start_epoch",          0,               int,   "epoch",             "deit",  "first epoch, where no checkpoint says it"),
         ("--finetune",             "",              str,   "file",              "deit",  "start from these weights (a file, an https:// address) at epoch 0; another number of classes gets a new head"),
         ("--pretrained",           False,           SWITCH, None,               "timm",  "start from timm's published weights (downloads them)"),

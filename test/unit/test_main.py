@@ -1236,3 +1236,25 @@ def test_a_second_run_in_a_folder_ends_with_one_line_on_all_ranks_and_changes_no
         other.kill()
     assert start(SMALL, "--epochs=1", "--output_dir", place / "run").status == 0
     assert not (place / "run" / ".lock").exists()
+
+
+def test_a_checkpoint_says_what_it_was_trained_with_and_other_data_are_refused(start, works, small, data, tmp_path):
+    """By name; a copy elsewhere is no change."""
+    run_folder, other = shutil.copytree(small, tmp_path / "run"), shutil.copytree(data, tmp_path / "data")
+    made = load(run_folder / "checkpoint.pth")["manifest"]
+    assert made["versions"]["torch"].startswith(".".join(torch.__version__.split(".")[:2])) and made["versions"]["timm"] == timm.__version__
+    assert made["data"]["images"] == TRAIN_IMAGES
+    words = [SMALL, *PLAIN, "--epochs=2", "--resume=auto", "--output_dir", run_folder, "--data-path", other]
+    done = works(*words, "--lr=0.1")
+    assert "is not what" not in done.out and "Nothing to train" in done.out
+    done = works(*words, "--lr=0.2", "--weight-decay=0.1")
+    assert f"note: this is not what {run_folder}/checkpoint.pth was trained with: --weight-decay 0.05 -> 0.1, --lr 0.1 -> 0.2\n" in done.out
+    next((other / "train" / "leaves").iterdir()).unlink()
+    words.append("--lr=0.1")
+    before = files(run_folder)
+    done = start(*words)
+    assert (done.status, files(run_folder)) == (2, before) and done.err == (
+        f"error: {run_folder}/checkpoint.pth was trained on other data (24 images then and 23 now): give it its own, or --allow-change "
+        "goes on with these\n")
+    done = works(*words, "--allow-change")
+    assert "was trained on other data (24 images then and 23 now): --allow-change goes on with these\n" in done.out
