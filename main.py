@@ -423,6 +423,9 @@ def run_in(output, args, ranks, say):
     if saved:
         for note in run.load_state_dict(saved, saved_path):
             say(f"note: {note}")
+        before, images = saved.get("global_batch"), global_batch(args, ranks, accum_steps)
+        if type(before) is int and before != images:  # --allow-change: some images again rather than never
+            run.progress.updates = run.progress.updates * before // images
         if args.sched == "plateau":
             say(f"plateau goes on at {run.optimizer.param_groups[0]['lr']:g}")
     train_epoch = build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preprocessing, say)

@@ -411,7 +411,7 @@ def test_links_replace_no_file(repo, run, tmp_path):
 # Failures
 
 
-@pytest.mark.parametrize(("status", "ends"), [(2, 2), (3, 3), (77, 77), (-9, 137)])
+@pytest.mark.parametrize(("status", "ends"), [(2, 2), (3, 3), (75, 75), (77, 77), (-9, 137)])
 def test_failed_run(repo, run, tmp_path, status, ends):
     done = run(repo / "test" / FULL_8P, f"--data_path={tmp_path / 'da ta'}", "--nproc=2", f"--status={status}", check=ends, **TORCHRUN)
     log = results(repo / "test/output/0/Twins-GVT-Small_bs128_2p_acc.log")
