@@ -432,7 +432,7 @@ def run_in(output, args, ranks, say):
     made = all_agree(ranks, lambda: (output or saved) and describe(args, loaders.images_of(train_loader), saved, saved_path, say))
     moved = all_agree(ranks, lambda: output and prepare_output(output, args, saved_path, run.epoch + 1))
     if moved:
-        say(f"An earlier run's files in {output.folder} are now {', '.join(moved)}")
+        say(f"An earlier run's files in {utils.shown(output.folder)} are now {', '.join(moved)}")
     say(f"Checkpoints and log.txt go to {output.folder}" if output else "warning: --output_dir is empty: nothing of this training is saved")
     say(recipe(args, ranks, run, peak_lr, train_loader, preprocessing, accum_steps))
     beside = dict(options=vars(args), classes=numbering.names, named=numbering.named, preprocessing=preprocessing.save(),

@@ -162,6 +162,7 @@ prepare_device() {
     local cores
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
+    unset PYTHONSAFEPATH # with it main.py would not find what lies beside it
     export PYTHONUNBUFFERED=1 # the log is a pipe: lines come when they are printed
 }
 
@@ -251,7 +252,7 @@ train() {
     open_run_dir
 
     # torchrun as -m starts it, but for the working directory on Python's path: a random.py there would be taken for Python's own.
-    local command=("$PYTHON" -c 'import sys; sys.path.remove(""); from torch.distributed.run import main; main()' --nproc_per_node "$nproc")
+    local command=("$PYTHON" -c 'import sys; sys.path[:] = filter(None, sys.path); from torch.distributed.run import main; main()' --nproc_per_node "$nproc")
     case ${MASTER_ADDR:-localhost} in
         localhost | 127.* | ::1) ;;
         *) warn "MASTER_ADDR=$MASTER_ADDR has no effect: the processes of a script are on this machine (for several machines: torchrun --nnodes=N ... main.py)" ;;
