@@ -120,8 +120,8 @@ class Precision:
         if self.scaler is None or not state:
             return
         if "loss_scaler0" in state:
-            apex = state["loss_scaler0"]
-            state = {"scale": apex["loss_scale"], "_growth_tracker": apex["unskipped"]}
+            apex = state["loss_scaler0"] if isinstance(state["loss_scaler0"], dict) else {}
+            state = {"scale": apex.get("loss_scale"), "_growth_tracker": apex.get("unskipped")}
         own = self.scaler.state_dict()
         taken = {key: state.get(key, value) for key, value in own.items()}
         if not all(isinstance(value, (int, float)) for value in taken.values()):

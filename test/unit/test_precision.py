@@ -112,6 +112,16 @@ def test_the_state_of_each_scaler_goes_on(state):
     assert own.keys() == torch.amp.GradScaler("cpu").state_dict().keys()
 
 
+@pytest.mark.parametrize("state", [{"loss_scaler0": 5}, {"loss_scaler0": {}}, {"loss_scaler0": {"loss_scale": "1", "unskipped": 0}},
+                                   {"scale": None}])
+def test_what_is_no_scalers_state_is_one_line(state):
+    precision = Precision(CPU, "fp16")
+    before = precision.state_dict()
+    with pytest.raises(ValueError, match="loss scaler is not one that torch writes"):
+        precision.load_state_dict(state)
+    assert precision.state_dict() == before
+
+
 def test_a_scaler_without_a_saved_state_keeps_its_own_and_fp32_has_none():
     precision = Precision(CPU, "fp16")
     precision.load_state_dict({})
