@@ -62,6 +62,12 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(made, path)
+        with contextlib.suppress(OSError):  # not every file system knows it of a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # or an older one may be gone, after a loss of power, and this one not there
+            finally:
+                os.close(folder)
     finally:
         made.unlink(missing_ok=True)
 
