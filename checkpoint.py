@@ -5,14 +5,12 @@ best_accuracy, options, classes, preprocessing, manifest}. It reads with weights
 """
 import argparse
 import codecs
-import contextlib
 import hashlib
 import os
 import pathlib
 import pickle
 import re
 import shutil
-import socket
 import struct
 import tempfile
 import urllib.parse
@@ -23,6 +21,8 @@ import numpy as np
 import torch
 import torch.hub
 from safetensors.torch import load_file
+
+from utils import replacing
 
 
 class NoCheckpoint(ValueError):
@@ -46,30 +46,6 @@ def to_host(value):
     if isinstance(value, (list, tuple)):
         return type(value)(to_host(item) for item in value)
     return value
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A file that is open for writing, and gets the name `path` once it is whole and on the disk.
-
-    Until then its name is of this process alone: two that write at once end with the file of one of them, not with a mixture.
-    """
-    path = Path(path)
-    made = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with open(made, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(made, path)
-        with contextlib.suppress(OSError):  # not every file system knows it of a folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # or an older one may be gone, after a loss of power, and this one not there
-            finally:
-                os.close(folder)
-    finally:
-        made.unlink(missing_ok=True)
 
 
 class Sealed:

@@ -47,7 +47,7 @@ class Keeper:
     def prepare(self, resumed=None, auto=False):
         """checkpoint.prepare_folder, locked. What killed runs left half-written goes."""
         self.open(make=True)
-        for path in self.folder.glob(".checkpoint*.tmp"):
+        for path in (*self.folder.glob(".checkpoint*.tmp"), *self.folder.glob(".log.txt.*.tmp")):
             path.unlink(missing_ok=True)
         return checkpoint.prepare_folder(self.folder, resumed, auto)
 

@@ -4,8 +4,8 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import sys
-import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -151,6 +151,30 @@ def open_output():
         setattr(sys, name, Output(stream, say=(lambda text: print(text, file=sys.stderr, flush=True)) if name == "stdout" else None))
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """A file that is open for writing, and gets the name `path` once it is whole and on the disk.
+
+    Until then its name is of this process alone: two that write at once end with the file of one of them, not with a mixture.
+    """
+    path = Path(path)
+    made = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        with open(made, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(made, path)
+        with contextlib.suppress(OSError):  # not every file system knows it of a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # or an older one may be gone, after a loss of power, and this one not there
+            finally:
+                os.close(folder)
+    finally:
+        made.unlink(missing_ok=True)
+
+
 def append_json(path, row):
     """One epoch, one line, on the disk before the checkpoint that counts on it. Whole, or not at all: then OSError."""
     line = json.dumps(row).encode() + b"\n"
@@ -186,7 +210,5 @@ def keep_epochs_before(path, epoch):
         return
     lines = log_rows(path)
     kept = [line for i, (line, row) in enumerate(lines) if (row["epoch"] < epoch if row else i + 1 < len(lines))]
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+    with replacing(path) as file:
         file.writelines(line + b"\n" for line in kept)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)

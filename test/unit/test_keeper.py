@@ -165,7 +165,7 @@ def test_two_that_save_at_once_leave_one_whole_file_of_one_of_them(tmp_path, mon
 
 
 def test_what_killed_runs_left_half_written_goes(tmp_path):
-    for name in (".checkpoint.pth.tmp", ".checkpoint_best.pth.host.7.tmp", "mine.tmp"):
+    for name in (".checkpoint.pth.tmp", ".checkpoint_best.pth.host.7.tmp", ".log.txt.host.7.tmp", "mine.tmp"):
         (tmp_path / name).write_bytes(b"half")
     with keeper.Keeper(tmp_path) as mine:
         mine.prepare()

@@ -1,4 +1,5 @@
 """What people read: log lines, the fps in them, the progress bar, the JSON log. The clock is the test's."""
+import errno
 import json
 import os
 import re
@@ -212,3 +213,19 @@ def test_a_training_whose_output_nobody_takes(tiny_folder, tmp_path, output):
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run/log.txt").read_text())["epoch"] == 0 and (tmp_path / "run/checkpoint.pth").is_file()
+
+
+def test_a_log_that_cannot_be_rewritten_stays_and_nothing_is_left_beside_it(tmp_path, monkeypatch):
+    log = tmp_path / "log.txt"
+    for epoch in range(3):
+        append_json(log, {"epoch": epoch})
+    before = log.read_bytes()
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(os, name, fail)
+            keep_epochs_before(log, 1)
+        assert os.listdir(tmp_path) == ["log.txt"] and log.read_bytes() == before
