@@ -10,11 +10,12 @@ from utils import MetricLogger
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss became inf or nan at `step`, on the images `names`. A rank without a bad batch: step None, no names."""
+    """The loss became inf or nan at `step`, on the images `names`; or `what` did, the gradient. A rank without a bad batch: step None,
+    no names. norm: of the gradient there."""
 
-    def __init__(self, epoch, step, names):
-        super().__init__(f"the loss is not finite in epoch {epoch}, iteration {step}")
-        self.step, self.names = step, names
+    def __init__(self, epoch, step, names, what="loss", norm=None):
+        super().__init__(f"the {what} is not finite in epoch {epoch}, iteration {step}")
+        self.step, self.names, self.what, self.norm = step, names, what, norm
 
 
 class NonFiniteEvaluation(ArithmeticError):
@@ -27,10 +28,11 @@ class Stopped(Exception):
 
 @dataclass
 class Progress:
-    """How far an epoch is: updates that are done, and the sum and the number of their losses over all ranks."""
+    """How far an epoch is: updates that are done, the sum and the number of their losses over all ranks, and those that were skipped."""
     updates: int = 0
     loss: float = 0.0
     losses: int = 0
+    skipped: int = 0
 
 
 def add_over_ranks(values):
@@ -43,7 +45,7 @@ def add_over_ranks(values):
 
 def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler, max_norm=0, model_ema=None,
                     mixup_fn=None, *, accum_steps=1, max_steps=0, print_freq=10, ranks=1, quiet=False, memory=None,
-                    batch_size=None, progress=None, reseed=None, after_update=None):
+                    batch_size=None, progress=None, reseed=None, after_update=None, most_skips=0):
     """What is left of one pass over data_loader, or its next max_steps iterations. -> {lr, loss, fps, steps of the pass, ran: of them now}
 
     criterion(images, outputs, targets) -> scalar. loss_scaler: a Precision. model_ema: has update(model).
@@ -54,6 +56,8 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     after_update(settle): called after each; where it is true, the pass ends there. `progress` has all losses only after settle(), which
     all ranks call together.
 
+    most_skips: updates that may be left out, since their loss or gradient was not finite (Precision did); more raise NonFiniteLoss.
+
     The host never waits for the device inside a step. It does at the end of a window of print_freq steps, to read the
     losses; there all ranks learn together whether one was not finite, and raise NonFiniteLoss.
     """
@@ -63,24 +67,40 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     total = min(len(data_loader), first + max_steps if max_steps else len(data_loader))
     images_a_step = (batch_size or getattr(data_loader, "batch_size", None) or 1) * ranks
     log = MetricLogger(f"Epoch: [{epoch}]", total, images_a_step, print_freq, quiet)
-    window = []  # of (loss on the device, names)
+    window = []  # of (step, loss on the device, names, norm of the gradient on the device or None)
+    measured = []  # norms of an update's gradient and of what it moved, on the device
 
-    def read_losses(step):
-        """-> sum and number of the window's losses over all ranks"""
-        losses = torch.stack([loss for loss, _ in window]).tolist()  # the host waits for the device here
-        finite = [math.isfinite(loss) for loss in losses]
-        total_loss, count, bad = add_over_ranks([sum(losses), len(losses), finite.count(False)])
-        if bad:
-            at = finite.index(False) if False in finite else None
-            raise NonFiniteLoss(epoch, *((None, ()) if at is None else (step + 1 - len(finite) + at, window[at][1])))
+    def read_window():
+        """-> sum and number of the window's losses over all ranks, and the norms `measured` last"""
+        losses, gradients = [loss for _, loss, *_ in window], [norm for *_, norm in window if norm is not None]
+        # the host waits for the device here
+        numbers = iter(torch.stack([x.float() for x in (*losses, *gradients, *measured)]).tolist())
+        losses = [next(numbers) for _ in window]
+        norms = [None if norm is None else next(numbers) for *_, norm in window]
+        bad = [not math.isfinite(loss) or not (norm is None or loss_scaler.overflows or math.isfinite(norm))
+               for loss, norm in zip(losses, norms)]
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        total_loss, count, *flags = add_over_ranks([sum(finite), len(finite), *bad])
+        updates = {step // accum_steps for (step, *_), flag in zip(window, flags) if flag}
+        progress.skipped += len(updates)
+        if updates and progress.skipped > most_skips:
+            step, names, what, norm = None, (), "loss", None
+            if True in bad:
+                (step, _, names, _), loss, norm = next(found for found, flag in zip(zip(window, losses, norms), bad) if flag)
+                what = "gradient" if math.isfinite(loss) else "loss"
+            raise NonFiniteLoss(epoch, step, names, what, norm)
+        if updates and not quiet:
+            which = ", ".join(str(update * accum_steps) for update in sorted(updates))
+            print(f"warning: epoch {epoch}: the loss or the gradient is not finite in the updates from iterations {which}: left out, "
+                  f"{progress.skipped} of {most_skips} that may be (--nan-limit)", flush=True)
         window.clear()
         progress.loss, progress.losses = progress.loss + total_loss, progress.losses + int(count)
-        return total_loss, count
+        return total_loss, count, list(numbers)
 
     def settle():
         """Bring `progress` up to this step."""
         if window:
-            log.add(loss=read_losses(log.last_step))
+            log.add(loss=read_window()[:2])
 
     optimizer.zero_grad()
     for step, (images, targets, *names) in log.follow(data_loader, total, first, loss=(progress.loss, progress.losses)):
@@ -96,7 +116,8 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         with contextlib.nullcontext() if update or not hasattr(model, "no_sync") else model.no_sync():
             with loss_scaler.autocast():
                 loss = criterion(images, model(images), targets)
-            loss_scaler(loss / cycle if cycle > 1 else loss, optimizer, max_norm, need_update=update)
+            measure = update and any(map(log.window_ends, range(step, min(step + accum_steps, total))))
+            norm, moved = loss_scaler(loss / cycle if cycle > 1 else loss, optimizer, max_norm, need_update=update, measure=measure)
         if update:
             optimizer.zero_grad()
             if model_ema is not None:
@@ -104,9 +125,12 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
 
         names = names[0] if names else ()
         # a worker's tensor holds a file open for as long as it lives: keep its numbers
-        window.append((loss.detach(), names.tolist() if isinstance(names, torch.Tensor) else names))
+        window.append((step, loss.detach(), names.tolist() if isinstance(names, torch.Tensor) else names, norm))
+        if measure:
+            measured[:] = norm, moved
         if log.window_ends(step):
-            log.line(step, optimizer.param_groups[0]["lr"], memory and memory(), loss=read_losses(step))
+            total_loss, count, norms = read_window()
+            log.line(step, optimizer.param_groups[0]["lr"], memory and memory(), norms, loss=(total_loss, count))
         if update:
             progress.updates = math.ceil((step + 1) / accum_steps)
             if after_update is not None and after_update(settle):
@@ -114,6 +138,28 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     log.summary()
     return {"lr": optimizer.param_groups[0]["lr"], "loss": progress.loss / max(1, progress.losses), "fps": log.fps(),
             "steps": log.last_step + 1, "ran": log.last_step + 1 - first}
+
+
+@torch.no_grad()
+def first_not_finite(model, images):
+    """The name of the first module of `model` whose output for `images` is not finite, or of the first weight that is not; '' for none."""
+    broken = next((name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()), "")
+    if broken:
+        return broken
+    found = []
+
+    def look(name, output):
+        if not found and isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
+            found.append(name)
+
+    hooks = [module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+             for name, module in model.named_modules() if not any(module.children())]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else ""
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pauses import SIGNALS
 from samplers import EvalSampler, RASampler, RunSampler, ShuffleSampler, TrainingBatches, seed_of
@@ -82,6 +82,12 @@ def build_loader(dataset, is_train, batch_size, workers, rank=0, ranks=1, seed=0
         raise ValueError(f"the training set has {len(dataset)} images, too few for one batch of {batch_size} on each of {ranks} "
                          f"ranks{update}: use a smaller --batch-size")
     return DataLoader(DrawnImages(dataset, seed), batch_sampler=batches, **common)
+
+
+def batch_again(loader, step):
+    """The batch of a step of the epoch once more, in this process."""
+    draws, = loader.batch_sampler.of([step])
+    return default_collate([loader.dataset[draw] for draw in draws])
 
 
 def set_epoch(loader, epoch, start=0):

@@ -200,14 +200,22 @@ def wants_average(args):
     return False if options.resume_file(args) and not (args.eval or args.throughout) else None
 
 
-def named(error, epoch, dataset, ranks):
-    """The NonFiniteLoss of all ranks: where it began, with the files of the images. Every rank must call this."""
-    own = error.step, [utils.shown(dataset.name(name)) for name in error.names]
+def named(error, epoch, dataset, ranks, where=lambda step: ""):
+    """The NonFiniteLoss of all ranks: where it began, with the files of the images. Every rank must call this.
+
+    where(step) -> the module that it began in, asked on the ranks whose batch it was.
+    """
+    module = "" if error.step is None else where(error.step)
+    own = error.step, error.what, [utils.shown(dataset.name(name)) for name in error.names], error.norm, module
     found = [own] * ranks.world_size
     if ranks.world_size > 1:
         dist.all_gather_object(found, own)
-    first = min(step for step, _ in found if step is not None)  # later ones only caught it from the weights
-    return engine.NonFiniteLoss(epoch, first, [name for step, names in found if step == first for name in names])
+    # later ones only caught it from the weights, and gradients that are not finite from the rank whose loss is not
+    step, what, *_ = min((one for one in found if one[0] is not None), key=lambda one: (one[0], one[1] != "loss"))
+    of = [one for one in found if one[:2] == (step, what)]
+    found = engine.NonFiniteLoss(epoch, step, [name for _, _, names, *_ in of for name in names], what, of[0][3])
+    found.module = next((module for *_, module in of if module), "")
+    return found
 
 
 def open_output(args, ranks, say):
@@ -315,16 +323,36 @@ def build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preproce
         devices.seed_everything(samplers.seed_of(args.seed, epoch, update, part * ranks.world_size + ranks.rank))
 
     def train_epoch(epoch, max_steps, after_update):
-        loaders.set_epoch(train_loader, epoch, run.progress.updates * accum_steps)
-        run.start_epoch(epoch)
-        try:
-            return engine.train_one_epoch(
-                model, criterion, train_loader, run.optimizer, ranks.device, epoch, run.precision, args.clip_grad, run.average, mixup,
-                accum_steps=accum_steps, max_steps=math.ceil(max_steps / accum_steps) * accum_steps, print_freq=args.print_freq,
-                ranks=ranks.world_size, quiet=not ranks.is_main, memory=partial(devices.max_memory, ranks.device),
-                batch_size=args.batch_size, progress=run.progress, reseed=partial(reseed, epoch), after_update=after_update)
-        except engine.NonFiniteLoss as error:
-            raise named(error, epoch, loaders.images_of(train_loader), ranks) from error
+        while True:
+            loaders.set_epoch(train_loader, epoch, run.progress.updates * accum_steps)
+            run.start_epoch(epoch)
+            try:
+                return engine.train_one_epoch(
+                    model, criterion, train_loader, run.optimizer, ranks.device, epoch, run.precision, args.clip_grad, run.average, mixup,
+                    accum_steps=accum_steps, max_steps=math.ceil(max_steps / accum_steps) * accum_steps, print_freq=args.print_freq,
+                    ranks=ranks.world_size, quiet=not ranks.is_main, memory=partial(devices.max_memory, ranks.device),
+                    batch_size=args.batch_size, progress=run.progress, reseed=partial(reseed, epoch), after_update=after_update,
+                    most_skips=args.nan_limit if args.on_nan == "skip" else 0)
+            except engine.NonFiniteLoss as error:
+                met = named(error, epoch, loaders.images_of(train_loader), ranks, where)
+            met.rate, met.scale = run.optimizer.param_groups[0]["lr"], run.precision.state_dict().get("scale")
+            if args.on_nan != "rollback" or run.progress.skipped > args.nan_limit:
+                raise met
+            run.roll_back(met.step // accum_steps + 1)
+            say(f"warning: {met}{circumstances(met)}: back to the weights of the last save, and on after that update; "
+                f"{run.progress.skipped} of {args.nan_limit} that may be (--nan-limit)")
+
+    def where(step):
+        """Which module a loss or gradient that is not finite began in: the batch once more, with the same draws."""
+        with contextlib.suppress(Exception):  # of a device that is out of memory: what is to be told is what was met before
+            images, targets, *_ = loaders.batch_again(train_loader, step)
+            reseed(train_loader.batch_sampler.epoch, step)
+            images = images.to(ranks.device)
+            images = mixup(images, targets.to(ranks.device))[0] if mixup else images
+            with run.precision.autocast():
+                return engine.first_not_finite(run.net, images)
+        return ""
+
     return train_epoch
 
 
@@ -406,7 +434,7 @@ def run_in(output, args, ranks, say):
     net = build_model(args, len(numbering.names), say)
     saved, saved_path = load_weights(args, net, content, path, numbering, say)
     net.to(device)
-    precision = make_precision(device, args.amp)
+    precision = make_precision(device, args.amp, skip=args.on_nan == "skip")
     pause = pauses.Pauses(args.ckpt_steps, args.ckpt_minutes, ranks.world_size, ranks.rank)
     evaluate = partial(engine.evaluate, device=device, autocast=precision.autocast, ranks=ranks.world_size if args.dist_eval else 1,
                        shared=args.dist_eval, quiet=not ranks.is_main, stopped=pause.stopped)
@@ -428,6 +456,9 @@ def run_in(output, args, ranks, say):
             run.progress.updates = run.progress.updates * before // images
         if args.sched == "plateau":
             say(f"plateau goes on at {run.optimizer.param_groups[0]['lr']:g}")
+    if args.on_nan == "rollback" and is_flat(run.optimizer):
+        raise ValueError("--on-nan rollback: the flat optimizer of an NPU takes no state once it has stepped: --on-nan skip, or adamw "
+                         "on a 910B")
     train_epoch = build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preprocessing, say)
     made = all_agree(ranks, lambda: (output or saved) and describe(args, loaders.images_of(train_loader), saved, saved_path, say))
     moved = all_agree(ranks, lambda: output and prepare_output(output, args, saved_path, run.epoch + 1))
@@ -456,6 +487,8 @@ def train(args, ranks, run, train_epoch, test, pause, output, beside, iterations
     def save():
         if output:
             output.save(run.state_dict() | beside)
+        if args.on_nan == "rollback":
+            run.remember()
         pause.saved()
 
     def after_update(settle):
@@ -466,6 +499,8 @@ def train(args, ranks, run, train_epoch, test, pause, output, beside, iterations
             save()
         return asked == pauses.STOP
 
+    if args.on_nan == "rollback":
+        run.remember()
     steps_left = args.max_step
     for epoch in range(run.epoch + 1, args.epochs):
         started = time.perf_counter()
@@ -496,7 +531,9 @@ def train(args, ranks, run, train_epoch, test, pause, output, beside, iterations
                 "max_acc1": max(run.best, 0.0), "fps": stats["fps"], "steps": stats["steps"], "complete": not cut,
                 "world_size": ranks.world_size, "global_batch": beside["global_batch"], "epoch_seconds": time.perf_counter() - started}
             output.save(run.state_dict() | beside, row, improved, done=None if cut else epoch)
-            pause.saved()
+        if args.on_nan == "rollback":
+            run.remember()
+        pause.saved()
         if last:
             break
 
@@ -509,8 +546,8 @@ def complain(error, training):
     error = devices.explain(error)
     text = str(error).strip()
     if isinstance(error, engine.NonFiniteLoss):
-        names = ", ".join(map(utils.shown, error.names))
-        status, text, training = 3, f"{text}: lower --lr, or look at the images of that batch: {names}", False
+        status, text, training = 3, f"{text}{circumstances(error)}: lower --lr, or look at the images of that batch: " + ", ".join(
+            map(utils.shown, error.names)), False
     elif isinstance(error, engine.NonFiniteEvaluation):
         status, training = 3, False
     elif isinstance(error, keeper.SaveFailed):
@@ -530,6 +567,15 @@ def complain(error, training):
         time.sleep(10)  # every rank knows the same: let the first one say it, and torchrun end the others
     print(f"error: {text}" if not local_rank else f"error (rank {rank}): {text}", file=sys.stderr, flush=True)
     return status
+
+
+def circumstances(error):
+    """What is known of a NonFiniteLoss beside its place, in brackets."""
+    said = [f"rate {error.rate:.4g}"] if hasattr(error, "rate") else []
+    said += [f"gradient norm {error.norm:.4g}"] if error.norm is not None else []
+    said += [f"loss scale {error.scale:g}"] if getattr(error, "scale", None) else []
+    said += [f"first in {error.module}"] if getattr(error, "module", "") else []
+    return f" ({', '.join(said)})" if said else ""
 
 
 def raised_here(error):

@@ -35,6 +35,8 @@ OPTIONS = {
         ("--resume",               "",              str,   "file|auto",         "deit",  "go on from a checkpoint, also an https:// address; auto: the newest good one in --output_dir; while there is none, from the beginning"),
         ("--ckpt-steps",           0,               int,   "updates",           "ours",  "save in the middle of an epoch, too, every so many updates; 0: not by number"),
         ("--ckpt-minutes",         10.0,            float, "minutes",           "ours",  "save in the middle of an epoch, too, every so many minutes; 0: not by time"),
+        ("--on-nan",               "stop",          str,   ("stop", "skip", "rollback"), "ours", "a loss or gradient that is not finite: stop; leave the update out; or go back to the last save and on after it"),
+        ("--nan-limit",            10,              int,   "updates",           "ours",  "so many in an epoch are skipped or rolled back, then the training stops"),
         ("--allow-change",         False,           SWITCH, None,               "ours",  "let a resumed run go on with other data, or another global batch"),
         ("--start_epoch",          0,               int,   "epoch",             "deit",  "first epoch, where no checkpoint says it"),
         ("--finetune",             "",              str,   "file",              "deit",  "start from these weights (a file, an https:// address) at epoch 0; another number of classes gets a new head"),
@@ -327,6 +329,8 @@ def notes(args, device_type=None):
         idle(["crop_scale", "train_interpolation", "interpolation", "crop_pct"], "CIFAR at 32 pixels is padded and cropped, never resized")
     elif args.no_eval:
         idle(["crop_pct"], "nothing is evaluated")
+    if args.on_nan == "stop":
+        idle(["nan_limit"], "--on-nan is stop")
     if not resume_file(args):
         idle(["allow_change"], "nothing is resumed")
     if not output_folder(args):

@@ -47,8 +47,8 @@ class FlatGradients:
         return [self.buffer]
 
     @torch.no_grad()
-    def clip_(self, optimizer, parameters, max_norm):
-        """Scale the gradients so that their common 2-norm is at most max_norm. -> the norm, a tensor"""
+    def clip_(self, optimizer, parameters, max_norm=None):
+        """Scale the gradients so that their common 2-norm is at most max_norm, if there is one. -> the norm, a tensor"""
         if is_flat(optimizer):
             optimizer._maybe_init_combined_params_and_grads()
             buffers = [buffer for buffer in optimizer.get_combined_grads() if buffer is not None]
@@ -56,19 +56,30 @@ class FlatGradients:
             buffers = self.gather(parameters)
         norms = [torch.linalg.vector_norm(buffer) for buffer in buffers]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for buffer in buffers:
-            buffer.mul_(factor)
+        if max_norm:
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for buffer in buffers:
+                buffer.mul_(factor)
         return norm
+
+
+def clip_gradients(parameters, max_norm=None):
+    """torch's clipping, where there is a max_norm. -> the gradients' common 2-norm, a tensor"""
+    if max_norm:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters])
 
 
 class Precision:
     """What is computed in which precision, and how a loss becomes an update: precision(loss, optimizer, ...).
 
-    amp: auto (bf16 where native, else fp16; on a CPU fp32), bf16, fp16, apex or off.
+    amp: auto (bf16 where native, else fp16; on a CPU fp32), bf16, fp16, apex or off. A gradient that is not finite makes no update
+    where that costs no wait: of torch's fused optimizers and under a loss scaler; with `skip` of every optimizer, for a wait a step.
     """
 
-    def __init__(self, device, amp="auto"):
+    overflows = property(lambda self: self.scaler is not None, doc="Whether gradients that are not finite belong to the method.")
+
+    def __init__(self, device, amp="auto", skip=False):
         if amp == "auto":
             amp = "off" if device.type == "cpu" else "bf16" if native_bf16(device) else "fp16"
         if amp == "bf16" and not native_bf16(device):
@@ -76,7 +87,7 @@ class Precision:
         self.device, self.name = device, {"off": "fp32"}.get(amp, amp)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
         self.scaler = make_scaler(device) if amp == "fp16" else None
-        self.gradients = FlatGradients()
+        self.gradients, self.skip = FlatGradients(), skip
 
     def autocast(self):
         if self.dtype is None:
@@ -90,27 +101,41 @@ class Precision:
     def backward(self, loss, optimizer):
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def clip(self, optimizer, max_norm):
+    def clip(self, optimizer, max_norm=None):
+        """-> the gradients' norm before"""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self.device.type == "npu":
-            self.gradients.clip_(optimizer, parameters, max_norm)
-        else:
-            torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+            return self.gradients.clip_(optimizer, parameters, max_norm)
+        return clip_gradients(parameters, max_norm)
 
-    def __call__(self, loss, optimizer, clip_grad=None, need_update=True):
-        """Backward; and where need_update, clip and step. clip_grad: largest norm, None or 0 for no clipping."""
+    def __call__(self, loss, optimizer, clip_grad=None, need_update=True, measure=False):
+        """Backward; and where need_update, clip and step. clip_grad: largest norm, None or 0 for no clipping.
+
+        -> the norms of an update's gradient, before it was clipped, and, to `measure`, of what it moved: tensors on the device, or None
+        """
         self.backward(loss, optimizer)
         if not need_update:
-            return
-        if clip_grad:
-            if self.scaler is not None:
-                self.scaler.unscale_(optimizer)
-            self.clip(optimizer, clip_grad)
+            return None, None
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        norm = self.clip(optimizer, clip_grad)
+        weights = [p.detach() for group in optimizer.param_groups for p in group["params"]] if measure else []
+        before = [weight.clone() for weight in weights]
         if self.scaler is None:
-            optimizer.step()
+            self.step(optimizer, norm)
         else:
             self.scaler.step(optimizer)
             self.scaler.update()
+        return norm, torch.nn.utils.get_total_norm(torch._foreach_sub(weights, before)) if measure else None
+
+    def step(self, optimizer, norm):
+        """optimizer.step(), unless the norm is not finite and somebody can see that: the device, or with `skip` the host."""
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf
+        elif not self.skip or torch.isfinite(norm).item():  # the host waits for the device here
+            optimizer.step()
 
     def state_dict(self):
         return {} if self.scaler is None else self.scaler.state_dict()
@@ -151,19 +176,25 @@ def load_apex():
 class ApexPrecision(Precision):
     """apex's O1 as the original trained: initialize before DDP, scale_loss, clipping of the master parameters."""
 
+    overflows = True
+
     def __init__(self, device):
-        self.amp, self.device, self.name, self.dtype, self.scaler = load_apex(), device, "apex", None, None
+        self.amp, self.device, self.name, self.dtype, self.scaler, self.skip = load_apex(), device, "apex", None, None, False
 
     def initialize(self, model, optimizer):
         return self.amp.initialize(model, optimizer, opt_level="O1", combine_grad=True)
+
+    def step(self, optimizer, norm):
+        """apex itself leaves a step out where gradients overflow."""
+        optimizer.step()
 
     def backward(self, loss, optimizer):
         with self.amp.scale_loss(loss, optimizer) as scaled:
             scaled.backward()
 
-    def clip(self, optimizer, max_norm):
+    def clip(self, optimizer, max_norm=None):
         """In place, since apex steps from gradients that it keeps in a buffer of its own."""
-        torch.nn.utils.clip_grad_norm_(list(self.amp.master_params(optimizer)), max_norm)
+        return clip_gradients([p for p in self.amp.master_params(optimizer) if p.grad is not None], max_norm)
 
     def state_dict(self):
         return self.amp.state_dict()
@@ -175,8 +206,8 @@ class ApexPrecision(Precision):
             self.amp.load_state_dict(state)
 
 
-def make_precision(device, amp="auto"):
-    return ApexPrecision(device) if amp == "apex" else Precision(device, amp)
+def make_precision(device, amp="auto", skip=False):
+    return ApexPrecision(device) if amp == "apex" else Precision(device, amp, skip)
 
 
 def optimizer_flavour(device, opt, precision="fp32"):

@@ -136,20 +136,24 @@ class TrainingBatches(Sampler):
 
     def __init__(self, sampler, batch_size, rank=0, ranks=1, accum_steps=1):
         self.parts = [sampler(num_replicas=ranks * accum_steps, rank=rank + i * ranks) for i in range(accum_steps)]
-        self.batch_size, self.start = batch_size, 0
+        self.batch_size, self.epoch, self.start = batch_size, 0, 0
 
     def set_epoch(self, epoch, start=0):
         """start: the number of batches of this rank that are done already."""
-        self.start = start
+        self.epoch, self.start = epoch, start
         for part in self.parts:
             part.set_epoch(epoch)
 
     def __len__(self):
         return len(self.parts[0]) // self.batch_size * len(self.parts)
 
-    def __iter__(self):
-        size, epoch, draws = self.batch_size, self.parts[0].epoch, [part.draws() for part in self.parts]
-        for step in range(self.start, len(self)):
+    def of(self, steps):
+        """The batches of some steps of the epoch."""
+        size, epoch, draws = self.batch_size, self.epoch, [part.draws() for part in self.parts]
+        for step in steps:
             update, part = divmod(step, len(self.parts))
             indices, copies = (values[update * size:(update + 1) * size].tolist() for values in draws[part])
             yield [(epoch, index, copy) for index, copy in zip(indices, copies)]
+
+    def __iter__(self):
+        return self.of(range(self.start, len(self)))

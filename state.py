@@ -1,7 +1,7 @@
 """What of a run must survive? Model, optimizer, schedule, precision, moving average and progress: one state_dict, one load_state_dict."""
 import argparse
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from timm.utils import ModelEmaV3
 
@@ -68,6 +68,17 @@ class State:
         improved, self.best = score > self.best, max(self.best, score)
         return improved
 
+    def remember(self):
+        """Keep a copy of all of it on the host, for roll_back."""
+        self.remembered = checkpoint.to_host(self.state_dict())
+
+    def roll_back(self, updates):
+        """Take the remembered state, and go on in its epoch after so many updates: those between are left out."""
+        skipped = self.progress.skipped
+        self.net.load_state_dict(self.remembered["model"])
+        self.load_state_dict(checkpoint.to_host(self.remembered))
+        self.progress.updates, self.progress.skipped = updates, skipped
+
     def state_dict(self):
         own = {} if self.average is None else {"model_ema": self.average.module.state_dict(), "model_ema_updates": self.average.updates}
         scaler = self.precision.state_dict()
@@ -109,8 +120,9 @@ class State:
 
     def progress_in(self, saved):
         found = part(saved, "progress")
-        return engine.Progress(int(number(found.get("updates", 0), "progress", 0)), float(number(found.get("loss", 0.0), "progress")),
-                               int(number(found.get("losses", 0), "progress", 0)))
+        kinds = {field.name: field.type for field in fields(engine.Progress)}
+        return engine.Progress(**{name: kind(number(found.get(name, 0), "progress", *([0] if kind is int else [])))
+                                  for name, kind in kinds.items()})
 
     def load_average(self, saved, path):
         if not part(saved, "model_ema"):

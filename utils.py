@@ -65,8 +65,8 @@ class MetricLogger:
             self.sums[name] = self.sums.get(name, 0.0) + total
             self.counts[name] = self.counts.get(name, 0) + count
 
-    def line(self, step, lr=None, memory=None, **meters):
-        """Show a window that ended with `step`. meters: name=(sum over the window, count)."""
+    def line(self, step, lr=None, memory=None, norms=(), **meters):
+        """Show a window that ended with `step`. norms: of its last update, gradient and step; meters: name=(sum over the window, count)."""
         self.add(**meters)
         (before, then), now = self.marks[-1], self.clock()
         self.marks.append((step, now))
@@ -87,6 +87,7 @@ class MetricLogger:
         parts += [f"{name}: {value}" for name, value in values.items()]
         parts += [f"time: {seconds:.4f}", f"fps:{fps:.2f}", f"data: {data:.4f}"]
         parts += [f"max mem: {memory:.0f}"] if memory is not None else []
+        parts += [f"{name} norm: {norm:.4g}" for name, norm in zip(("grad", "update"), norms)]
         print("  ".join(parts), flush=True)
 
     def fps(self):

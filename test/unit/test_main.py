@@ -975,14 +975,19 @@ def names_of_batch(data, epoch, batch, size, rank=0, ranks=1):
     return [paths[i] for i in list(sampler)[batch * size:(batch + 1) * size]]
 
 
+def without_circumstances(text):
+    """Of a loss that became nan at an enormous rate."""
+    return re.sub(r" \(rate [\d.]+e\+28, gradient norm nan, first in [\w.]+\)", "", text)
+
+
 def test_a_loss_that_is_not_finite_ends_a_run_with_status_3_and_the_files(start, small, data, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(small, folder)
     before = files(folder)
     done = start(SMALL, *PLAIN, "--epochs=9", "--resume=auto", "--lr=1e30", "--output_dir", folder)  # the first update ruins the weights
     assert done.status == 3 and files(folder) == before
-    assert done.err == ("error: the loss is not finite in epoch 2, iteration 1: lower --lr, or look at the images of that "
-                        f"batch: {', '.join(names_of_batch(data, 2, 1, 8))}\n")
+    assert without_circumstances(done.err) == ("error: the loss is not finite in epoch 2, iteration 1: lower --lr, or look at the images "
+                                               f"of that batch: {', '.join(names_of_batch(data, 2, 1, 8))}\n")
 
 
 def test_a_loss_that_is_not_finite_ends_all_ranks(run_ranks, small, data, tmp_path):
@@ -994,7 +999,7 @@ def test_a_loss_that_is_not_finite_ends_all_ranks(run_ranks, small, data, tmp_pa
     assert done.returncode == 1 and files(folder) == before  # torchrun's own status; its summary has ours
     assert re.search(r"exitcode +: 3", done.stderr) and "NonFiniteLoss" not in done.stderr
     names = ", ".join(name for rank in range(2) for name in names_of_batch(data, 2, 1, 4, rank, ranks=2))
-    assert [line for line in done.stderr.splitlines() if line.startswith("error")] == [
+    assert [without_circumstances(line) for line in done.stderr.splitlines() if line.startswith("error")] == [
         f"error: the loss is not finite in epoch 2, iteration 1: lower --lr, or look at the images of that batch: {names}"]
 
 
@@ -1005,7 +1010,7 @@ def test_the_earliest_bad_batch_of_all_ranks_is_the_one_that_is_named(monkeypatc
     """Later ones caught it from the weights. Every rank says the same."""
     def gather(found, own):
         told.append(own)
-        found[:] = [(step, [f"{name}.png" for name in names]) for step, names in known]
+        found[:] = [(step, "loss", [f"{name}.png" for name in names], None, "") for step, names in known]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     dataset = SimpleNamespace(name=lambda name: f"{name}.png")
@@ -1013,7 +1018,7 @@ def test_the_earliest_bad_batch_of_all_ranks_is_the_one_that_is_named(monkeypatc
         told = []
         error = main.named(engine.NonFiniteLoss(4, *own), 4, dataset, devices.Ranks(torch.device("cpu"), rank, len(known)))
         assert (error.step, error.names) == (step, [f"{name}.png" for name in names]) and len(told) == 1
-        assert told[0] == (own[0], [f"{name}.png" for name in own[1]])
+        assert told[0] == (own[0], "loss", [f"{name}.png" for name in own[1]], None, "")
         assert str(error) == f"the loss is not finite in epoch 4, iteration {step}"
 
 

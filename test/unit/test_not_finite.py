@@ -1,0 +1,92 @@
+"""What becomes of a training one of whose batches has a loss that is not finite: it stops, leaves the update out, or goes back."""
+import contextlib
+import io
+import math
+
+import pytest
+import torch
+from test_exact import RECIPE, assert_same, left
+
+import loaders
+import main
+
+PLAIN = ["--mixup=0", "--cutmix=0", "--epochs=1", "--no-eval"]
+UPDATES = 6
+
+
+@pytest.fixture
+def train(tiny_folder, tmp_path, monkeypatch):
+    """train(folder, *words, bad=(3,)) -> status, output and errors of a run whose batches `bad` of epoch 0 hold an image of nan"""
+    read = loaders.DrawnImages.__getitem__
+
+    def start(folder, *words, bad=(3,)):
+        def spoiled(images, draw):
+            image, *rest = read(images, draw)
+            order = [index for batch in batches.of(bad) for _, index, _ in batch[:1]]
+            return (torch.full_like(image, math.nan) if draw[1] in order else image, *rest)
+
+        build, out, err = loaders.build_loader, io.StringIO(), io.StringIO()
+
+        def keep(dataset, is_train, *words, **more):
+            nonlocal batches
+            loader = build(dataset, is_train, *words, **more)
+            batches = loader.batch_sampler if is_train else batches
+            return loader
+        batches = None
+        with monkeypatch.context() as patched, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            patched.setattr(loaders, "build_loader", keep)
+            patched.setattr(loaders.DrawnImages, "__getitem__", spoiled)
+            status = main.run([*RECIPE, *PLAIN, "--data-path", str(tiny_folder), "--output_dir", str(tmp_path / folder), *words])
+        return status, out.getvalue(), err.getvalue()
+    return start
+
+
+@pytest.mark.parametrize("words", [["--on-nan=skip", "--opt=lamb"], ["--on-nan=skip"], ["--on-nan=skip", "--clip-grad=0"],
+                                   ["--on-nan=skip", "--amp=fp16"]], ids=" ".join)
+def test_an_update_that_is_left_out_changes_nothing(train, tmp_path, words):
+    """Neither weights nor moments; and the run goes on."""
+    for steps in (3, 4, 5):
+        status, out, err = train(str(steps), *words, f"--max_step={steps}")
+        assert status == 0, err
+        assert ("updates from iterations 3: left out, 1 of 10" in out) == (steps > 3)
+    before, after, later = (left(tmp_path / str(steps))[0] for steps in (3, 4, 5))
+    for part in ("model", "optimizer"):
+        assert_same(after[part], before[part], part)
+    assert (before["progress"]["skipped"], after["progress"]["skipped"]) == (0, 1)
+    if "--amp=fp16" not in words:  # its first scale overflows for longer than this runs
+        assert not torch.equal(later["model"]["stem.0.weight"], after["model"]["stem.0.weight"])
+    assert math.isfinite(later["progress"]["loss"]) and later["progress"]["losses"] == 4
+
+
+def test_going_back_to_the_update_before_is_leaving_one_out(train, tmp_path):
+    status, out, err = train("back", "--on-nan=rollback", "--ckpt-steps=1", "--print-freq=1")
+    assert status == train("out", "--on-nan=skip")[0] == 0, err
+    assert "warning: the loss is not finite in epoch 0, iteration 3 (rate " in out and "1 of 10 that may be" in out
+    assert_same(left(tmp_path / "back")[0]["model"], left(tmp_path / "out")[0]["model"])
+    assert_same(left(tmp_path / "back")[1], left(tmp_path / "out")[1])
+
+
+def test_going_back_takes_the_last_save_and_goes_on_after_the_update(train, tmp_path):
+    """As a run that was cut at the save and told that it had done the updates to the bad one."""
+    status, out, err = train("back", "--on-nan=rollback", "--ckpt-steps=2", "--print-freq=100", bad=(3,))
+    assert status == 0, err
+    train("by hand", "--max_step=2")
+    saved = torch.load(tmp_path / "by hand" / "checkpoint.pth", weights_only=True)
+    saved["progress"]["updates"] = 4
+    torch.save(saved, tmp_path / "by hand" / "checkpoint.pth")
+    assert train("by hand", "--resume=auto")[0] == 0
+    assert_same(left(tmp_path / "back")[0]["model"], left(tmp_path / "by hand")[0]["model"])
+
+
+@pytest.mark.parametrize("how", ["skip", "rollback"])
+def test_too_many_end_the_run(train, how):
+    status, _, err = train("many", f"--on-nan={how}", "--nan-limit=1", "--print-freq=1", bad=(1, 4))
+    assert status == 3 and "error: the loss is not finite in epoch 0, iteration 4 (rate " in err
+
+
+def test_a_stop_says_where_it_began_and_keeps_the_weights(train, tmp_path, tiny_folder):
+    status, out, err = train("stop", "--ckpt-steps=1", "--print-freq=100")
+    assert status == 3
+    assert ("error: the loss is not finite in epoch 0, iteration 3 (rate 1e-06, gradient norm nan, first in stem.0): lower --lr, or look "
+            "at the images of that batch: ") in err
+    assert err.count(str(tiny_folder)) == 4
