@@ -6,6 +6,7 @@ NPU is visible. What is said of Ascend here comes from torch_npu's sources and C
 import multiprocessing
 import os
 import random
+import re
 import resource
 import socket
 import sys
@@ -220,7 +221,10 @@ def explain(error):
     text = "std::bad_alloc" if isinstance(error, MemoryError) else text
     if isinstance(error, RuntimeError) and os.environ.get("WORLD_SIZE", "1") != "1" and any(sign in text for sign in LOST_CONNECTION):
         return LostConnection("the connection to the other ranks was lost: one of them has ended, and said why, or was killed")
-    return next((DeviceError(remedy) for sign, remedy in known_failures().items() if sign.lower() in text), error)
+    remedy = next((remedy for sign, remedy in known_failures().items() if sign.lower() in text), None)
+    if remedy and (worker := re.search(r"dataloader worker \(pid (\d+)\)", text)):
+        remedy = remedy.replace("a loader worker", f"a loader worker (process {worker[1]})")
+    return error if remedy is None else DeviceError(remedy)
 
 
 def known_failures():

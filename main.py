@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import options
+import watchdog
 from options import get_args_parser  # noqa: F401  upstream's place for it
 
 try:
@@ -563,8 +564,8 @@ def complain(error, training):
         return 1
     rank = os.environ.get("RANK")  # both as they stand: they may be what is wrong. Without a rank nobody else will say it
     local_rank = os.environ.get("LOCAL_RANK", "").strip("0") if rank else ""
-    if (local_rank.isdigit() or isinstance(error, devices.LostConnection)) and not training:
-        time.sleep(10)  # every rank knows the same: let the first one say it, and torchrun end the others
+    if isinstance(error, devices.LostConnection) or (local_rank.isdigit() and not training):
+        time.sleep(10)  # the first one knows the same, or another one more: let it say so, and torchrun, which looks every 0.1 s, end this
     print(f"error: {text}" if not local_rank else f"error (rank {rank}): {text}", file=sys.stderr, flush=True)
     return status
 
@@ -595,6 +596,7 @@ def run(argv=None):
     args = options.parse(argv)
     utils.open_output()
     signal.signal(signal.SIGTERM, stop)
+    watchdog.follow_launcher(leave)
     try:
         main(args)
         status = 0
@@ -611,6 +613,16 @@ def run(argv=None):
     return status
 
 
+def leave(status):
+    pauses.leave(status, multiprocessing.active_children())
+
+
 if __name__ == "__main__":
-    if found := run():
-        pauses.leave(found, multiprocessing.active_children())
+    try:
+        found = run()
+    except SystemExit as ended:  # a mistake among the options, or a signal: also one in the middle of what is said of an error
+        found = ended.code
+    except KeyboardInterrupt:
+        found = 130
+    if found:
+        leave(found)

@@ -8,6 +8,8 @@ import time
 import torch
 import torch.distributed as dist
 
+from utils import tell
+
 # Ctrl-C, what schedulers send before they end a job, and what Slurm can be asked to send
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SAVE, STOP = "save", "stop"
@@ -38,7 +40,7 @@ class Pauses:
     def receive(self, number, _):
         if self.signal is None:
             self.signal, self.at = signal.Signals(number), self.clock()
-            os.write(2, f"{self.signal.name}: this update is finished and saved; a second signal ends the run at once\n".encode())
+            tell(f"{self.signal.name}: this update is finished and saved; a second signal ends the run at once")
         elif self.clock() - self.at > 1:  # one Ctrl-C reaches a rank twice, from the terminal and from torchrun
             os._exit(128 + number)
 

@@ -176,6 +176,12 @@ def replacing(path):
         made.unlink(missing_ok=True)
 
 
+def tell(text):
+    """A line on standard error from a signal handler or a thread: by no stream, which may be in the middle of another line."""
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
+
+
 def append_json(path, row):
     """One epoch, one line, on the disk before the checkpoint that counts on it. Whole, or not at all: then OSError."""
     line = json.dumps(row).encode() + b"\n"

@@ -306,9 +306,9 @@ run_logged() {
     done
     wait "$tee" || true
     trap - INT TERM HUP USR1
-    if [[ $signal ]]; then
+    if [[ $signal ]] || ((status > 128)); then # where torchrun is killed its ranks save, too
         if logged '^Stopped in epoch .* goes on there'; then return 75; fi
-        return "$signal"
+        return "${signal:-$status}"
     fi
     if ((status != 1)); then return "$status"; fi
     return "$(this_run | LC_ALL=C awk '/^ *exitcode *: / { last = $3; if (last == 2 || last == 3 || last == 75) own = last }
@@ -376,17 +376,33 @@ TEXT
     [[ $written ]] || { warn "the results cannot be written to $run_dir: is the disk full?"; return 1; }
 }
 
-show_error() { # STATUS: what matters of the log, without torchrun's own report
-    if (($1 == 75)); then fail "training was stopped by a signal and saved: the same command with --resume auto goes on; its log: $train_log" 75; fi
+show_error() { # STATUS: what matters of the log, without torchrun's own report. First what went wrong first
+    local lines='' remedy='' cause lost='the connection to the other ranks was lost' # on the ranks that nothing else happened to
+    if (($1 != 130 && $1 != 143)); then
+        lines=$(this_run | LC_ALL=C grep -aE '^error( \(rank [0-9]+\))?: ' | LC_ALL=C awk -v lost="$lost" '!seen[$0]++ && !index($0, lost)' | head -n 5) || true
+    fi
+    if (($1 == 75)); then
+        [[ ! $lines ]] || say "$lines" >&2
+        fail "training was stopped by a signal and saved: the same command with --resume auto goes on; its log: $train_log" 75
+    fi
     if (($1 == 130 || $1 == 143)); then fail "training was stopped by a signal; its log: $train_log" "$1"; fi
-    local lines remedy=''
-    lines=$(this_run | LC_ALL=C grep -aE '^error( \(rank [0-9]+\))?: ' | LC_ALL=C awk '!seen[$0]++' | tail -n 5) || true
+    cause=$(killed_rank)
     if [[ ! $lines ]]; then
-        lines=$(this_run | LC_ALL=C sed '/torch.distributed.elastic.*failed (exitcode/,$d' | LC_ALL=C grep -avE '^[IWE][0-9]{4} ' | tail -n 15) || true
+        lines=$(this_run | LC_ALL=C sed '/torch.distributed.elastic.*failed (exitcode/,$d' | LC_ALL=C grep -avE '^[IWE][0-9]{4} ') || true
+        if [[ $cause || $lines == *'Traceback '* ]]; then lines=$(LC_ALL=C grep -avF -- "$lost" <<<"$lines") || true; fi
+        lines=$(tail -n 15 <<<"$lines")
         remedy=$(known_remedy "$1")
     fi
     say "[Error] training ended with status $1; the end of $train_log:" "$lines" >&2
+    [[ ! $cause ]] || say "[Error] $cause" >&2
     [[ ! $remedy ]] || say "[Error] $remedy" >&2
+}
+
+killed_rank() { # the first that ended, as torchrun reports it, where a signal ended it
+    local rank code pid
+    read -r rank code pid < <(this_run | LC_ALL=C awk '/^Root Cause/ { root = 1 } root && /^ *rank *: / { rank = $3 }
+        root && /^ *exitcode *: / { code = $3; pid = $5 } END { sub(/[^0-9].*/, "", pid); print rank, code, pid }') || true
+    if [[ ${code:-} == -* ]]; then echo "rank $rank (process $pid) was ended by signal ${code#-} (SIG$(kill -l "${code#-}"))"; fi
 }
 
 known_remedy() { # STATUS: for failures that main.py has no chance to explain

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -444,6 +445,33 @@ def test_signal_stops_training_and_leaves_the_logs(repo, run, tmp_path, number, 
 def test_a_run_that_was_stopped_and_saved_says_how_to_go_on(repo, run, tmp_path):
     done = run(repo / "test" / FULL_8P, f"--data_path={tmp_path / 'da ta'}", "--nproc=2", "--status=75", check=75, **TORCHRUN)
     assert "[Error] training was stopped by a signal and saved: the same command with --resume auto goes on; its log: " in done.stderr
+
+
+LOST = "error: the connection to the other ranks was lost: one of them has ended, and said why, or was killed"
+ORPHAN = "while os.getppid() == parent: time.sleep(0.1)"
+ENDS = {  # how two ranks end: (of rank 0, of rank 1)
+    "killed": (f"print('{LOST}'); time.sleep(100)", "os.kill(os.getpid(), signal.SIGKILL)"),
+    "crash": (f"print('{LOST}'); time.sleep(100)", "raise RuntimeError('shapes differ')"),
+    "mistake": (f"print('{LOST}'); time.sleep(100)", "print('error (rank 1): wolf.png is no image'); sys.exit(2)"),
+    "elsewhere": (f"print('{LOST}'); sys.exit(1)", "time.sleep(100)"),
+    "launcher": (ORPHAN, "os.kill(parent, signal.SIGKILL); print('error: torchrun has ended')"),
+    "launcher, saved": (
+        ORPHAN, "os.kill(parent, signal.SIGKILL); print('error: torchrun has ended\\nStopped in epoch 0; x goes on there')"),
+}
+
+
+@pytest.mark.parametrize(("how", "status", "shown"), [
+    ("killed", 137, r"rank 1 \(process \d+\) was ended by signal 9 \(SIGKILL\)"), ("crash", 1, "RuntimeError: shapes differ"),
+    ("mistake", 2, r"error \(rank 1\): wolf.png is no image"), ("elsewhere", 1, LOST), ("launcher", 137, "error: torchrun has ended"),
+    ("launcher, saved", 75, "error: torchrun has ended")])  # fmt: skip
+def test_what_went_wrong_first_is_shown(repo, run, tmp_path, how, status, shown):
+    """Not the other ranks' lost connection."""
+    first, second = ENDS[how]
+    (repo / "main.py").write_text("import os, signal, sys, time\nparent = os.getppid()\nsys.stdout.reconfigure(line_buffering=True)\n"
+                                  f"if os.environ['RANK'] == '0':\n    {first}\nelse:\n    {second}\n")
+    done = run(repo / "test" / FULL_8P, f"--data_path={tmp_path / 'da ta'}", "--nproc=2", check=status, **TORCHRUN)
+    assert re.search(shown, done.stderr) and (how == "elsewhere" or "connection" not in done.stderr)
+    assert ("for want of memory" in done.stderr) == (how == "killed")
 
 
 def test_two_runs_share_a_machine_but_not_a_folder(repo, run, tmp_path):
