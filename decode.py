@@ -52,7 +52,14 @@ class DataError(ValueError):
 
 
 class UnreadableImage(DataError):
-    """An image that cannot be decoded; the message has its path."""
+    """An image that cannot be read; the message has its path. why: the reason alone, where a loader's worker has not handed it on."""
+
+    def __init__(self, message, why=None):
+        super().__init__(message)
+        self.why = message if why is None else why
+
+
+UNREADABLE = -1  # the class of an evaluated image that cannot be read: no answer is right
 
 
 def reason(error):
@@ -87,7 +94,7 @@ def load_rgb(source, name=None):
         name = str(source if name is None else name)
         if isinstance(error, UnidentifiedImageError) and name.lower().endswith(".avif") and not features.check("avif"):
             why = f"Pillow {PILLOW} reads no AVIF, Pillow 12 does"
-        raise UnreadableImage(f"cannot read the image {shown(name)} ({why}): replace it or remove it") from error
+        raise UnreadableImage(f"cannot read the image {shown(name)} ({why}): replace it or remove it", why) from error
 
 
 def narrow(image):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from decode import UNREADABLE, DataError
+from unreadable import over_ranks, some
 from utils import MetricLogger
 
 
@@ -45,7 +47,8 @@ def add_over_ranks(values):
 
 def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler, max_norm=0, model_ema=None,
                     mixup_fn=None, *, accum_steps=1, max_steps=0, print_freq=10, ranks=1, quiet=False, memory=None,
-                    batch_size=None, progress=None, reseed=None, after_update=None, most_skips=0):
+                    batch_size=None, progress=None, reseed=None, after_update=None, most_skips=0,
+                    unreadable=None):
     """What is left of one pass over data_loader, or its next max_steps iterations. -> {lr, loss, fps, steps of the pass, ran: of them now}
 
     criterion(images, outputs, targets) -> scalar. loss_scaler: a Precision. model_ema: has update(model).
@@ -55,7 +58,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     reseed(step): called before anything is drawn at random for an iteration.
     after_update(settle): called after each; where it is true, the pass ends there. `progress` has all losses only after settle(), which
     all ranks call together.
-
+    unreadable(met): called where a window has met images that cannot be read, by all ranks together, with this rank's own.
     most_skips: updates that may be left out, since their loss or gradient was not finite (Precision did); more raise NonFiniteLoss.
 
     The host never waits for the device inside a step. It does at the end of a window of print_freq steps, to read the
@@ -68,6 +71,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     images_a_step = (batch_size or getattr(data_loader, "batch_size", None) or 1) * ranks
     log = MetricLogger(f"Epoch: [{epoch}]", total, images_a_step, print_freq, quiet)
     window = []  # of (step, loss on the device, names, norm of the gradient on the device or None)
+    met = []  # of images that cannot be read
     measured = []  # norms of an update's gradient and of what it moved, on the device
 
     def read_window():
@@ -80,7 +84,10 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         bad = [not math.isfinite(loss) or not (norm is None or loss_scaler.overflows or math.isfinite(norm))
                for loss, norm in zip(losses, norms)]
         finite = [loss for loss in losses if math.isfinite(loss)]
-        total_loss, count, *flags = add_over_ranks([sum(finite), len(finite), *bad])
+        total_loss, count, unread, *flags = add_over_ranks([sum(finite), len(finite), len(met), *bad])
+        if unread:
+            unreadable(met)
+            met.clear()
         updates = {step // accum_steps for (step, *_), flag in zip(window, flags) if flag}
         progress.skipped += len(updates)
         if updates and progress.skipped > most_skips:
@@ -123,6 +130,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
             if model_ema is not None:
                 model_ema.update(getattr(model, "module", model))
 
+        met += names[1] if len(names) > 1 else []
         names = names[0] if names else ()
         # a worker's tensor holds a file open for as long as it lives: keep its numbers
         window.append((step, loss.detach(), names.tolist() if isinstance(names, torch.Tensor) else names, norm))
@@ -169,6 +177,7 @@ def evaluate(data_loader, model, device, autocast=contextlib.nullcontext, *, sha
 
     shared: each rank has its own part of the images; else each has them all. The sums of all ranks are added. A rank
     may have no image. With fewer than 5 classes acc5 counts all of them. The model may be wrapped in DDP.
+    An image of class UNREADABLE counts as wrong, and not in the loss; `unreadable` is then how many, and the line says which.
     stopped(): asked at each batch; where it is true on one rank, all of them raise Stopped at the end.
     """
     model = getattr(model, "module", model)  # without DDP: ranks may have different numbers of batches
@@ -177,15 +186,16 @@ def evaluate(data_loader, model, device, autocast=contextlib.nullcontext, *, sha
     for buffer in model.buffers() if distributed else ():  # batch norms have seen other images on each rank
         dist.broadcast(buffer, 0)
     log = MetricLogger(header, len(data_loader), (getattr(data_loader, "batch_size", None) or 1) * ranks, print_freq, quiet)
-    sums, images_seen = [], 0  # sums: of (loss, correct, correct in 5) of each batch, on the device
-    for step, (images, targets, *_) in log.follow(data_loader):
+    sums, images_seen, met = [], 0, []  # sums: of (loss, correct, correct in 5) of each batch, on the device
+    for step, (images, targets, *names) in log.follow(data_loader):
+        met += names[1] if len(names) > 1 else []
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         with autocast():
             logits = model(images)
         logits = logits.float()
         best = (logits.topk(min(5, logits.shape[1])).indices == targets[:, None]).float()  # (B, 5)
-        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=UNREADABLE)
         sums.append(torch.stack((loss, best[:, 0].sum(), best.sum())))
         images_seen += len(targets)
         if stopped():
@@ -195,17 +205,23 @@ def evaluate(data_loader, model, device, autocast=contextlib.nullcontext, *, sha
             log.line(step)
     # the host waits for the device here, once an evaluation; sums in double precision, which HCCL does not take
     totals = torch.stack(sums).cpu().double().sum(0).tolist() if sums else [0.0, 0.0, 0.0]
-    loss, acc1, acc5, count, stops = add_over_ranks([*totals, images_seen, bool(stopped())])
+    loss, acc1, acc5, count, stops, unread = add_over_ranks([*totals, images_seen, bool(stopped()), len(met)])
     if stops:
         raise Stopped
     if not math.isfinite(loss):
         raise NonFiniteEvaluation(f"the loss of the evaluation is not finite ({loss}), so its accuracy means nothing: the weights have "
                                   "diverged, or their logits overflow (--amp off evaluates in fp32)")
     copies = dist.get_world_size() if distributed and not shared else 1
-    stats = {"loss": loss / max(count, 1), "acc1": 100 * acc1 / max(count, 1), "acc5": 100 * acc5 / max(count, 1),
-             "images": int(count) // copies}
+    unread, met = int(unread) // copies, over_ranks(met) if unread and shared else met
+    if 0 < unread == int(count) // copies:
+        raise DataError(f"none of the {unread} validation images can be read: {some(met)}")
+    stats = {"loss": loss / max(count - unread * copies, 1), "acc1": 100 * acc1 / max(count, 1), "acc5": 100 * acc5 / max(count, 1),
+             "images": int(count) // copies, **({"unreadable": unread} if unread else {})}
     if not quiet:
         print("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats), flush=True)
+    if not quiet and unread:
+        print(f"{unread} of {stats['images']} validation images cannot be read: they count as wrong, and not in the loss: {some(met)}",
+              flush=True)
     return stats
 
 

@@ -29,7 +29,8 @@ class Keeper:
 
     def __init__(self, folder, say=print, keep=0, milestones=0):
         self.folder, self.say, self.keep, self.milestones, self.lock = Path(folder), say, keep, milestones, Lock(folder)
-        self.rows, self.files = [], {}  # what is not on the disk: rows of log.txt, {role: (name, content)}
+        self.rows, self.files = [], {}  # what is not on the disk: (file, row) of log.txt and others, {role: (name, content)}
+        self.unread = set()  # paths in data_errors.jsonl
         self.mutex, self.thread, self.writing = threading.Lock(), None, False
         self.failure, self.unsaid, self.crash = None, None, None
         os.register_at_fork(before=self.wait)  # a child would inherit what the thread has locked, for ever
@@ -49,7 +50,14 @@ class Keeper:
         self.open(make=True)
         for path in (*self.folder.glob(".checkpoint*.tmp"), *self.folder.glob(".log.txt.*.tmp")):
             path.unlink(missing_ok=True)
-        return checkpoint.prepare_folder(self.folder, resumed, auto)
+        moved, errors = checkpoint.prepare_folder(self.folder, resumed, auto), self.folder / "data_errors.jsonl"
+        try:
+            utils.keep_epochs_before(errors, 10**6)
+            # what this run has met, and after its checkpoint may meet again
+            self.unread = {row.get("path") for _, row in (utils.log_rows(errors) if errors.exists() else ()) if row}
+        except OSError as error:
+            raise ValueError(f"{errors} cannot be written ({error.strerror}): choose another --output_dir") from error
+        return moved
 
     def save(self, content, row=None, improved=False, done=None):
         """Save a run's state, whose tensors may change afterwards, as the last checkpoint.
@@ -65,8 +73,15 @@ class Keeper:
             names["kept"] = f"checkpoint_{done:04d}.pth"
         self.report()
         with self.mutex:
-            self.rows += [row] if row else []
+            self.rows += [(self.folder / "log.txt", row)] if row else []
             self.files |= {role: (name, content) for role, name in names.items()}
+        self.start()
+
+    def record(self, rows):
+        """Write rows of data_errors.jsonl, each path once."""
+        with self.mutex:
+            self.rows += [(self.folder / "data_errors.jsonl", row) for row in rows if row["path"] not in self.unread]
+        self.unread |= {row["path"] for row in rows}
         self.start()
 
     def start(self):
@@ -92,7 +107,7 @@ class Keeper:
 
     def write(self, rows, files):
         """Take from `rows` and `files` what is then on the disk. -> why not all of it, or None"""
-        failure, log, written = None, self.folder / "log.txt", {}
+        failure, written = None, {}
         try:
             if not self.lock.held:  # the folder has vanished
                 self.open(make=True)
@@ -100,10 +115,10 @@ class Keeper:
             return str(error)
         try:
             while rows:
-                utils.append_json(log, rows[0])
+                utils.append_json(*rows[0])
                 del rows[0]
         except OSError as error:
-            failure = f"{log} cannot be written ({error.strerror or error})"
+            failure = f"{rows[0][0]} cannot be written ({error.strerror or error})"
         for role in [role for role in ROLES if role in files]:
             name, content = files[role]
             try:

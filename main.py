@@ -48,6 +48,7 @@ import optim
 import pauses
 import samplers
 import transforms
+import unreadable
 import utils
 from precision import is_flat, make_precision
 from state import MovingAverage, State
@@ -123,7 +124,7 @@ def build_data(args, ranks, preprocessing=transforms.TWINS, accum_steps=1):
         with_val=args.eval or args.throughout or not args.no_eval)
     loader = partial(loaders.build_loader, batch_size=args.batch_size, workers=args.num_workers,
                      seed=args.seed, pin_memory=args.pin_mem and devices.pins_memory(ranks.device),
-                     start_method=devices.worker_start_method(ranks.device))
+                     start_method=devices.worker_start_method(ranks.device), goes_on=args.max_bad_fraction > 0)
     train_loader = train and loader(train, True, rank=ranks.rank, ranks=ranks.world_size, repeated_aug=args.repeated_aug,
                                     accum_steps=accum_steps)
     shared = dict(rank=ranks.rank, ranks=ranks.world_size) if args.dist_eval else {}
@@ -304,7 +305,7 @@ def accumulation(args, ranks, saved, say):
     return steps
 
 
-def build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preprocessing, say):
+def build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preprocessing, output, say):
     """-> train_epoch(epoch, max_steps, after_update): train_one_epoch with all that stays the same"""
     teacher = build_teacher(args, numbering, ranks.device, preprocessing, say)
     criterion = losses.DistillationLoss(losses.Criterion(args.smoothing), teacher,
@@ -317,6 +318,9 @@ def build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preproce
     mixup = transforms.FixedShapeMixup(
         args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
         label_smoothing=args.smoothing, num_classes=len(numbering.names)) if options.mixes(args) else None
+
+    unread = unreadable.Unreadable(len(train_loader.dataset), args.max_bad_fraction, run.unreadable,
+                                   output.record if output else lambda rows: None, say)
 
     def reseed(epoch, step):
         """What is drawn for a part of an update (mixing, drop path, dropout) follows from the seed and its place, not from the past."""
@@ -333,7 +337,7 @@ def build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preproce
                     accum_steps=accum_steps, max_steps=math.ceil(max_steps / accum_steps) * accum_steps, print_freq=args.print_freq,
                     ranks=ranks.world_size, quiet=not ranks.is_main, memory=partial(devices.max_memory, ranks.device),
                     batch_size=args.batch_size, progress=run.progress, reseed=partial(reseed, epoch), after_update=after_update,
-                    most_skips=args.nan_limit if args.on_nan == "skip" else 0)
+                    most_skips=args.nan_limit if args.on_nan == "skip" else 0, unreadable=partial(unread, epoch))
             except engine.NonFiniteLoss as error:
                 met = named(error, epoch, loaders.images_of(train_loader), ranks, where)
             met.rate, met.scale = run.optimizer.param_groups[0]["lr"], run.precision.state_dict().get("scale")
@@ -460,7 +464,7 @@ def run_in(output, args, ranks, say):
     if args.on_nan == "rollback" and is_flat(run.optimizer):
         raise ValueError("--on-nan rollback: the flat optimizer of an NPU takes no state once it has stepped: --on-nan skip, or adamw "
                          "on a 910B")
-    train_epoch = build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preprocessing, say)
+    train_epoch = build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preprocessing, output, say)
     made = all_agree(ranks, lambda: (output or saved) and describe(args, loaders.images_of(train_loader), saved, saved_path, say))
     moved = all_agree(ranks, lambda: output and prepare_output(output, args, saved_path, run.epoch + 1))
     if moved:
@@ -555,6 +559,9 @@ def complain(error, training):
         status, training = 1, True  # only the first rank knows
     elif isinstance(error, decode.DataError):  # from a loader's worker it comes with that worker's traceback
         status, text = 2, re.sub(r"^decode\.\w+: ", "", text.splitlines()[-1])
+        if isinstance(error, decode.UnreadableImage):
+            text += ", or go on without such images: --max-bad-fraction 0.001"
+        training &= not isinstance(error, unreadable.TooManyUnreadable)
     elif isinstance(error, devices.DeviceError):
         status = 1
     elif isinstance(error, ValueError) and raised_here(error):

@@ -92,6 +92,7 @@ OPTIONS = {
         ("--data-path",            "",              str,   "folder",            "deit",  "the data set"),
         ("--data-set",             "IMNET",         str,   DATA_SETS,           "deit",  "IMNET: class folders, or tar shards, in train/ and val/; CIFAR is CIFAR-100"),
         ("--class-map",            "",              str,   "file",              "timm",  "which output is which class: .txt (one name a line, in order), .csv (name,number), .json"),
+        ("--max-bad-fraction",     0.0,             float, "of the training set", "ours", "go on without images that cannot be read, up to so many: in training another of the class takes their place, in validation they count as wrong"),
         ("--inat-category",        "name",          str,   INAT_LEVELS,         "deit",  "the level of iNaturalist's classes"),
         ("--use-mcloader",         False,           SWITCH, None,               "twins", "gone: see the note it prints"),
         ("--num_workers",          10,              int,   "processes a card",  "deit",  "loader processes"),
@@ -238,7 +239,7 @@ def check(args):
         value = getattr(args, name)
         if not least <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, and must be at {f'most {most}' if value > most else f'least {least}'}")
-    for name in ("drop", "drop_path", "reprob", "mixup_prob", "mixup_switch_prob", "distillation_alpha", "hflip"):
+    for name in ("drop", "drop_path", "reprob", "mixup_prob", "mixup_switch_prob", "distillation_alpha", "hflip", "max_bad_fraction"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, and must be between 0 and 1")
     for name in ("smoothing", "drop_path", "momentum", "model_ema_decay"):

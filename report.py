@@ -178,7 +178,8 @@ def report(folder, data_path=None, device="auto", count=40, say=print):
     content = checkpoint.read(best)
     if not isinstance(content, dict) or not isinstance(content.get("options"), dict):
         raise ValueError(f"{best} does not say with which options it was trained: predictions.png needs a checkpoint of ours")
-    args = argparse.Namespace(**{**DEFAULTS, **content["options"], "eval": True, "pretrained": False, "num_workers": 0})
+    args = argparse.Namespace(**{**DEFAULTS, **content["options"], "eval": True, "pretrained": False, "num_workers": 0,
+                                 "max_bad_fraction": 0.0})
     args.data_path = data_path or args.data_path
     args.class_map = args.class_map if Path(args.class_map).is_file() else ""  # the checkpoint has the names as well
     ranks = devices.Ranks(devices.choose(device))

@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from decode import EXTENSIONS, FORMATS, READ_ERRORS, DataError, load_rgb, open_file, reason
+from decode import EXTENSIONS, FORMATS, READ_ERRORS, DataError, UnreadableImage, load_rgb, open_file, reason
 from folders import is_, spread
 from utils import shown
 
@@ -67,6 +67,11 @@ def holds_images(folder):
 
 def unreadable(shard, why, remedy="write it again"):
     return DataError(f"cannot read the shard {shown(shard)} ({why}): {remedy}")
+
+
+def unreadable_in(shard, why, remedy="write it again"):
+    """As `unreadable`, where it is one image that suffers."""
+    return UnreadableImage(str(unreadable(shard, why, remedy)), why)
 
 
 def members(file, size):
@@ -553,7 +558,7 @@ class ShardedImages(Dataset):
                 file = self.open(number)  # while it is named here, another thread cannot close it
                 data = os.pread(file.fileno(), end - begin, begin)
             except READ_ERRORS as error:
-                raise unreadable(self.shards[number], reason(error)) from error
+                raise unreadable_in(self.shards[number], reason(error)) from error
             found |= {(i, what): data[start - begin:start - begin + length] for _, start, length, i, what in group}
         return found
 
@@ -572,7 +577,7 @@ class ShardedImages(Dataset):
         except READ_ERRORS as error:
             near = shown(piece[:100].partition(b"\0")[0].decode(errors="replace"))
             why = reason(error) if type(error) is ValueError else f"the header at byte {self.records[index][what]}, '{near}', is damaged"
-            raise unreadable(shard, why, f"write it again, or where it is whole its index: {remedy(Path(shard).parent)}") from error
+            raise unreadable_in(shard, why, f"write it again, or where it is whole its index: {remedy(Path(shard).parent)}") from error
         return member.name, piece[start:start + member.size]
 
     def decode(self, index, image, label):
@@ -584,7 +589,8 @@ class ShardedImages(Dataset):
         except READ_ERRORS:
             target = None
         if label_key not in (key, first_key(key)) or target != self.targets[index]:
-            raise unreadable(shard, f"{shown(image_name)} and {shown(label_name)} are not what its index says", remedy(Path(shard).parent))
+            why = f"{shown(image_name)} and {shown(label_name)} are not what its index says"
+            raise unreadable_in(shard, why, remedy(Path(shard).parent))
         image = load_rgb(image, f"{shard}/{image_name}")
         target = target if self.numbering is None else self.numbering[target]
         return self.transform(image) if self.transform else image, target, index

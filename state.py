@@ -46,12 +46,14 @@ class State:
     net, optimizer, schedule, precision: of the training. average: its MovingAverage, or None. epoch: the last one that is done.
     progress: what is done of the next one, an engine.Progress. best: the best accuracy so far, -1 before there is one.
     better: whose accuracy was the higher at the last evaluation, "model" or "model_ema". accuracy: the net's last one, None
-    once the schedule was told it. kept: what a checkpoint had and this run has no use for; it is saved again.
+    once the schedule was told it. unreadable: indices of training images that could not be read. kept: what a checkpoint had and
+    this run has no use for; it is saved again.
     """
 
     def __init__(self, net, optimizer, schedule, precision, average=None, epoch=-1):
         self.net, self.optimizer, self.schedule, self.precision, self.average = net, optimizer, schedule, precision, average
         self.epoch, self.progress, self.best, self.better, self.accuracy, self.kept = epoch, engine.Progress(), -1.0, "model", None, {}
+        self.unreadable = set()
 
     def start_epoch(self, epoch):
         """Set the rates of `epoch`. In the middle of it, too: but plateau, which counts, was told of it when it began."""
@@ -85,6 +87,7 @@ class State:
         return dict(model=self.net.state_dict(), optimizer=optim.portable_state(self.optimizer, self.net),
                     schedule=self.schedule.state_dict(), scaler=scaler or self.kept.get("scaler", {}), epoch=self.epoch,
                     progress=asdict(self.progress), best_accuracy=self.best, better=self.better, last_accuracy=self.accuracy,
+                    unreadable=sorted(self.unreadable),
                     **{**{key: value for key, value in self.kept.items() if key != "scaler"}, **own})
 
     def load_state_dict(self, saved, path="the checkpoint"):
@@ -116,6 +119,8 @@ class State:
         if (accuracy := saved.get("last_accuracy")) is not None:
             self.accuracy = number(accuracy, "last accuracy")
         self.better = saved.get("better", "model") if self.average is not None else "model"
+        known = saved.get("unreadable", [])
+        self.unreadable |= {int(number(index, "unreadable image", 0)) for index in (known if isinstance(known, list) else [""])}
         return notes
 
     def progress_in(self, saved):
