@@ -48,6 +48,24 @@ def to_host(value):
     return value
 
 
+def differences(a, b, where="it"):
+    """What of two contents is not the same, bit for bit: lines that name it."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in {**a, **b}:
+            if key in a and key in b:
+                yield from differences(a[key], b[key], f"{where}/{key}")
+            else:
+                yield f"{where}/{key} is in one only"
+    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        for i, pair in enumerate(zip(a, b)):
+            yield from differences(*pair, f"{where}/{i}")
+    elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype:
+        if not torch.equal(a, b):
+            yield f"{where} differs by up to {(a.double() - b.double()).abs().max():.3g}"
+    elif type(a) is not type(b) or (a is not b and a != b):
+        yield f"{where} is {a!r:.60} and {b!r:.60}"
+
+
 class Sealed:
     """A file that torch.save writes to, and the SHA-256 of what it wrote.
 

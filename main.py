@@ -9,11 +9,13 @@
 Exit status: 0 done, 2 something is wrong with what was asked for, 3 the loss was not finite, 75 stopped by a signal and saved,
 1 anything else.
 """
+import argparse
 import contextlib
 import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -409,8 +411,51 @@ def main(args):
     """One run. args: as options.parse gives them; nothing changes them."""
     ranks = devices.init_distributed_mode(args.device)
     say = partial(print, flush=True) if ranks.is_main else (lambda *_: None)
+    if args.verify_resume:
+        return verify_resume(args, ranks, say)
     with open_output(args, ranks, say) as output:
         run_in(output, args, ranks, say)
+
+
+def verify_resume(args, ranks, say, updates=4, cut=2):
+    """Train some updates whole, and once more interrupted and gone on with, in a folder that is removed afterwards, and compare what the
+    two leave. Raises NotTheSame where it differs by one bit."""
+    if not (parent := options.output_folder(args)):
+        raise ValueError("--verify-resume writes checkpoints: leave --output_dir '' away")
+    folder = Path(parent) / "verify-resume"
+
+    def train(name, until, **changes):
+        short = dict(no_eval=True, ckpt_minutes=0.0, output_dir=str(folder / name), max_step=until * args.accum_steps)
+        given = argparse.Namespace(**{**vars(args), "verify_resume": False, **short, **changes})
+        with open_output(given, ranks, say) as output:
+            run_in(output, given, ranks, say)
+        return checkpoint.read(folder / name / checkpoint.LAST) if ranks.is_main else None
+
+    def difference(a, b):
+        """The same on all ranks: the first has the checkpoints."""
+        found = [a and list(checkpoint.differences(*({key: saved[key] for key in verified} for saved in (a, b))))]
+        if ranks.world_size > 1:
+            dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+        return found[0]
+
+    verified = ("model", "optimizer", "schedule", "scaler", "epoch", "progress", *(["model_ema"] if args.model_ema else []))
+    try:
+        whole = train("whole", updates)
+        train("cut", cut)
+        found = difference(whole, train("cut", updates - cut, resume="auto", finetune="", pretrained=False))
+        if not found:
+            say(f"--verify-resume: {updates} updates that were interrupted after {cut} leave what {updates} others do, bit for bit")
+            return
+        again = difference(whole, train("again", updates))
+    finally:
+        if ranks.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+    raise NotTheSame(f"--verify-resume: {found[0]}, and {len(found) - 1} more differ" + (
+        "; so do two runs that nothing interrupted: the kernels of this device do not compute twice the same" if again else ""))
+
+
+class NotTheSame(RuntimeError):
+    """A run that was interrupted and went on is another than one that was not."""
 
 
 def run_in(output, args, ranks, say):
@@ -555,6 +600,8 @@ def complain(error, training):
             map(utils.shown, error.names)), False
     elif isinstance(error, engine.NonFiniteEvaluation):
         status, training = 3, False
+    elif isinstance(error, NotTheSame):
+        status = 1
     elif isinstance(error, keeper.SaveFailed):
         status, training = 1, True  # only the first rank knows
     elif isinstance(error, decode.DataError):  # from a loader's worker it comes with that worker's traceback

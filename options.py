@@ -35,6 +35,7 @@ OPTIONS = {
         ("--resume",               "",              str,   "file|auto",         "deit",  "go on from a checkpoint, also an https:// address; auto: the newest good one in --output_dir; while there is none, from the beginning"),
         ("--ckpt-steps",           0,               int,   "updates",           "ours",  "save in the middle of an epoch, too, every so many updates; 0: not by number"),
         ("--ckpt-minutes",         10.0,            float, "minutes",           "ours",  "save in the middle of an epoch, too, every so many minutes; 0: not by time"),
+        ("--verify-resume",        False,           SWITCH, None,               "ours",  "train 4 updates whole, and again interrupted after 2, and compare all that they leave, bit for bit"),
         ("--on-nan",               "stop",          str,   ("stop", "skip", "rollback"), "ours", "a loss or gradient that is not finite: stop; leave the update out; or go back to the last save and on after it"),
         ("--nan-limit",            10,              int,   "updates",           "ours",  "so many in an epoch are skipped or rolled back, then the training stops"),
         ("--allow-change",         False,           SWITCH, None,               "ours",  "let a resumed run go on with other data, or another global batch"),
@@ -288,6 +289,8 @@ def check(args):
         raise ValueError("--eval needs weights: --resume FILE, or --pretrained")
     if args.pretrained and (args.resume or args.finetune):
         raise ValueError("--pretrained, --finetune and --resume all bring weights: give one of them")
+    if args.verify_resume and (args.eval or args.throughout or resume_file(args)):
+        raise ValueError("--verify-resume trains from the beginning, in a folder of its own: leave --eval, --throughout and --resume away")
     if args.eval and args.no_eval:
         raise ValueError("--eval and --no-eval exclude each other")
     if args.distillation_type != "none" and not args.teacher_model:

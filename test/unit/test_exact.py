@@ -14,6 +14,7 @@ from conftest import ELASTIC, ROOT
 import main
 import pauses
 from datasets import write_shards
+from state import MovingAverage, State
 
 # The whole recipe is random: augmentation, mixing, drop path, dropout
 RECIPE = ["--device=cpu", "--model=test_convnext", "--input-size=32", "--batch-size=4", "--epochs=2", "--drop=0.1", "--lr=0.05",
@@ -32,7 +33,9 @@ def shards_folder(tiny_folder, tmp_path_factory):
 def train(folder, *words, status=0):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        assert main.run([*RECIPE, "--output_dir", str(folder), *map(str, words)]) == status, err.getvalue()
+        found = main.run([*RECIPE, "--output_dir", str(folder), *map(str, words)])
+    sys.stderr.write(err.getvalue())
+    assert found == status, err.getvalue()
     return out.getvalue()
 
 
@@ -157,3 +160,16 @@ def test_another_global_batch_is_refused_unless_it_is_meant(tiny_folder, tmp_pat
     assert "updates are of 4 images, and batches of 6 on 1 ranks cannot make that" in err.getvalue() and "--allow-change" in err.getvalue()
     said = train(tmp_path, *data, "--resume=auto", "--batch-size=6", "--allow-change", "--epochs=1")
     assert "global batch   6 = 6 x 1 ranks x 1 accumulated" in said
+
+
+def test_a_user_can_have_it_proved(tiny_folder, tmp_path, monkeypatch):
+    """--verify-resume; where something does not come back, it is named, and the status is 1."""
+    words = ["--data-path", tiny_folder, "--verify-resume", "--accum-steps=2"]
+    out = train(tmp_path, *words)
+    assert out.endswith("--verify-resume: 4 updates that were interrupted after 2 leave what 4 others do, bit for bit\n")
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setattr(MovingAverage, "load_state_dict", lambda *_: None)
+    monkeypatch.setattr(State, "load_average", lambda *_: [])
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        train(tmp_path, *words, status=1)
+    assert "error: --verify-resume: it/model_ema/" in err.getvalue() and "nothing interrupted" not in err.getvalue()
