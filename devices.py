@@ -195,6 +195,16 @@ def init_distributed_mode(asked="auto"):
     return Ranks(device, env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"])
 
 
+def open_store(ranks, name):
+    """A store of the ranks for something of its own, on its own connection: the process group's is taken while it waits for others.
+    None for one rank."""
+    if ranks.world_size == 1:
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
+                          timeout=timedelta(seconds=30))
+    return dist.PrefixStore(f"{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
 def leave_the_others():
     """End the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():

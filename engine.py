@@ -9,6 +9,7 @@ import torch.distributed as dist
 from decode import UNREADABLE, DataError
 from unreadable import over_ranks, some
 from utils import MetricLogger
+from watchdog import ADDING, EVALUATING, LOADING, READING, STEP
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -48,13 +49,14 @@ def add_over_ranks(values):
 def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler, max_norm=0, model_ema=None,
                     mixup_fn=None, *, accum_steps=1, max_steps=0, print_freq=10, ranks=1, quiet=False, memory=None,
                     batch_size=None, progress=None, reseed=None, after_update=None, most_skips=0,
-                    unreadable=None):
+                    unreadable=None, mark=lambda phase, step: None):
     """What is left of one pass over data_loader, or its next max_steps iterations. -> {lr, loss, fps, steps of the pass, ran: of them now}
 
     criterion(images, outputs, targets) -> scalar. loss_scaler: a Precision. model_ema: has update(model).
     accum_steps: iterations whose mean gradient makes one update. ranks: processes that train together.
     memory: a function that says the memory in MB. batch_size: of the loader, where it does not say so.
     progress: what is done of the pass, for which data_loader has no batches any more; it is kept up to date.
+    mark(phase, step): told what begins, in watchdog's words.
     reseed(step): called before anything is drawn at random for an iteration.
     after_update(settle): called after each; where it is true, the pass ends there. `progress` has all losses only after settle(), which
     all ranks call together.
@@ -76,6 +78,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
 
     def read_window():
         """-> sum and number of the window's losses over all ranks, and the norms `measured` last"""
+        mark(READING, log.last_step)
         losses, gradients = [loss for _, loss, *_ in window], [norm for *_, norm in window if norm is not None]
         # the host waits for the device here
         numbers = iter(torch.stack([x.float() for x in (*losses, *gradients, *measured)]).tolist())
@@ -109,8 +112,10 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         if window:
             log.add(loss=read_window()[:2])
 
+    mark(LOADING, first)
     optimizer.zero_grad()
     for step, (images, targets, *names) in log.follow(data_loader, total, first, loss=(progress.loss, progress.losses)):
+        mark(STEP, step)
         if reseed is not None:
             reseed(step)
         images = images.to(device, non_blocking=True)
@@ -143,6 +148,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
             progress.updates = math.ceil((step + 1) / accum_steps)
             if after_update is not None and after_update(settle):
                 break
+        mark(LOADING, step + 1)
     log.summary()
     return {"lr": optimizer.param_groups[0]["lr"], "loss": progress.loss / max(1, progress.losses), "fps": log.fps(),
             "steps": log.last_step + 1, "ran": log.last_step + 1 - first}
@@ -172,14 +178,15 @@ def first_not_finite(model, images):
 
 @torch.no_grad()
 def evaluate(data_loader, model, device, autocast=contextlib.nullcontext, *, shared=False, print_freq=50, ranks=1,
-             quiet=False, header="Test:", stopped=lambda: False):
+             quiet=False, header="Test:", stopped=lambda: False, mark=lambda phase, step: None):
     """Cross entropy and accuracy over every image once. -> {loss, acc1, acc5}, in percent, and the number of images
 
     shared: each rank has its own part of the images; else each has them all. The sums of all ranks are added. A rank
     may have no image. With fewer than 5 classes acc5 counts all of them. The model may be wrapped in DDP.
     An image of class UNREADABLE counts as wrong, and not in the loss; `unreadable` is then how many, and the line says which.
-    stopped(): asked at each batch; where it is true on one rank, all of them raise Stopped at the end.
+    mark: as train_one_epoch's. stopped(): asked at each batch; where it is true on one rank, all of them raise Stopped at the end.
     """
+    mark(EVALUATING, 0)
     model = getattr(model, "module", model)  # without DDP: ranks may have different numbers of batches
     model.eval()
     distributed = dist.is_available() and dist.is_initialized()
@@ -200,11 +207,13 @@ def evaluate(data_loader, model, device, autocast=contextlib.nullcontext, *, sha
         images_seen += len(targets)
         if stopped():
             break
+        mark(EVALUATING, step + 1)
         if log.window_ends(step):
             sums[-1].tolist()  # the host waits for the device here, so that the time shown is true
             log.line(step)
     # the host waits for the device here, once an evaluation; sums in double precision, which HCCL does not take
     totals = torch.stack(sums).cpu().double().sum(0).tolist() if sums else [0.0, 0.0, 0.0]
+    mark(ADDING, log.last_step)
     loss, acc1, acc5, count, stops, unread = add_over_ranks([*totals, images_seen, bool(stopped()), len(met)])
     if stops:
         raise Stopped

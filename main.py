@@ -308,7 +308,7 @@ def accumulation(args, ranks, saved, say):
 
 
 def build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preprocessing, output, say):
-    """-> train_epoch(epoch, max_steps, after_update): train_one_epoch with all that stays the same"""
+    """-> train_epoch(mark, epoch, max_steps, after_update): train_one_epoch with all that stays the same"""
     teacher = build_teacher(args, numbering, ranks.device, preprocessing, say)
     criterion = losses.DistillationLoss(losses.Criterion(args.smoothing), teacher,
                                         args.distillation_type, args.distillation_alpha, args.distillation_tau)
@@ -329,7 +329,7 @@ def build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preproce
         update, part = divmod(step, accum_steps)
         devices.seed_everything(samplers.seed_of(args.seed, epoch, update, part * ranks.world_size + ranks.rank))
 
-    def train_epoch(epoch, max_steps, after_update):
+    def train_epoch(mark, epoch, max_steps, after_update):
         while True:
             loaders.set_epoch(train_loader, epoch, run.progress.updates * accum_steps)
             run.start_epoch(epoch)
@@ -339,7 +339,7 @@ def build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preproce
                     accum_steps=accum_steps, max_steps=math.ceil(max_steps / accum_steps) * accum_steps, print_freq=args.print_freq,
                     ranks=ranks.world_size, quiet=not ranks.is_main, memory=partial(devices.max_memory, ranks.device),
                     batch_size=args.batch_size, progress=run.progress, reseed=partial(reseed, epoch), after_update=after_update,
-                    most_skips=args.nan_limit if args.on_nan == "skip" else 0, unreadable=partial(unread, epoch))
+                    most_skips=args.nan_limit if args.on_nan == "skip" else 0, unreadable=partial(unread, epoch), mark=mark)
             except engine.NonFiniteLoss as error:
                 met = named(error, epoch, loaders.images_of(train_loader), ranks, where)
             met.rate, met.scale = run.optimizer.param_groups[0]["lr"], run.precision.state_dict().get("scale")
@@ -411,13 +411,14 @@ def main(args):
     """One run. args: as options.parse gives them; nothing changes them."""
     ranks = devices.init_distributed_mode(args.device)
     say = partial(print, flush=True) if ranks.is_main else (lambda *_: None)
+    watch = watchdog.Watch(args.hang_timeout, ranks.rank, ranks.world_size, devices.open_store(ranks, "watchdog"), leave)
     if args.verify_resume:
-        return verify_resume(args, ranks, say)
-    with open_output(args, ranks, say) as output:
-        run_in(output, args, ranks, say)
+        return verify_resume(watch, args, ranks, say)
+    with open_output(args, ranks, say) as output, watch:
+        run_in(output, watch, args, ranks, say)
 
 
-def verify_resume(args, ranks, say, updates=4, cut=2):
+def verify_resume(watch, args, ranks, say, updates=4, cut=2):
     """Train some updates whole, and once more interrupted and gone on with, in a folder that is removed afterwards, and compare what the
     two leave. Raises NotTheSame where it differs by one bit."""
     if not (parent := options.output_folder(args)):
@@ -427,8 +428,8 @@ def verify_resume(args, ranks, say, updates=4, cut=2):
     def train(name, until, **changes):
         short = dict(no_eval=True, ckpt_minutes=0.0, output_dir=str(folder / name), max_step=until * args.accum_steps)
         given = argparse.Namespace(**{**vars(args), "verify_resume": False, **short, **changes})
-        with open_output(given, ranks, say) as output:
-            run_in(output, given, ranks, say)
+        with open_output(given, ranks, say) as output, watch:
+            run_in(output, watch, given, ranks, say)
         return checkpoint.read(folder / name / checkpoint.LAST) if ranks.is_main else None
 
     def difference(a, b):
@@ -458,8 +459,8 @@ class NotTheSame(RuntimeError):
     """A run that was interrupted and went on is another than one that was not."""
 
 
-def run_in(output, args, ranks, say):
-    """The run of `main`. output: the Keeper of its folder, or None"""
+def run_in(output, watch, args, ranks, say):
+    """The run of `main`. output: the Keeper of its folder, or None. watch: a watchdog.Watch, which is told what goes on"""
     device = ranks.device
     devices.set_tensor_float(device, args.fp32, args.hf32)
     devices.seed_everything(args.seed)  # the same weights everywhere
@@ -487,7 +488,7 @@ def run_in(output, args, ranks, say):
     precision = make_precision(device, args.amp, skip=args.on_nan == "skip")
     pause = pauses.Pauses(args.ckpt_steps, args.ckpt_minutes, ranks.world_size, ranks.rank)
     evaluate = partial(engine.evaluate, device=device, autocast=precision.autocast, ranks=ranks.world_size if args.dist_eval else 1,
-                       shared=args.dist_eval, quiet=not ranks.is_main, stopped=pause.stopped)
+                       shared=args.dist_eval, quiet=not ranks.is_main, stopped=pause.stopped, mark=watch.mark)
     if args.throughout:
         rate = engine.throughput(val_loader, net, device, precision.autocast, partial(devices.synchronize, device), time.perf_counter)
         say(f"batch_size {min(args.batch_size, len(val_loader.dataset))} throughput {rate:.2f}")
@@ -525,18 +526,19 @@ def run_in(output, args, ranks, say):
     started = time.perf_counter()
     test = partial(test_epoch, run, evaluate, val_loader, say)
     with pause.listening():
-        train(args, ranks, run, train_epoch, test, pause, output, beside, len(train_loader), say)
+        train(args, ranks, run, partial(train_epoch, watch.mark), test, pause, watch, output, beside, len(train_loader), say)
     say(f"Training time {timedelta(seconds=int(time.perf_counter() - started))}")
 
 
-def train(args, ranks, run, train_epoch, test, pause, output, beside, iterations, say):
+def train(args, ranks, run, train_epoch, test, pause, watch, output, beside, iterations, say):
     """The epochs that are left: train, test, save. output: the Keeper of checkpoints, in which `beside` stands too, and of log.txt, or None
 
     iterations: of a whole epoch. pause: a pauses.Pauses, which saves and stops between two epochs. Raises engine.Stopped.
     """
     def save():
         if output:
-            output.save(run.state_dict() | beside)
+            with watch.saving():
+                output.save(run.state_dict() | beside)
         if args.on_nan == "rollback":
             run.remember()
         pause.saved()
@@ -553,7 +555,7 @@ def train(args, ranks, run, train_epoch, test, pause, output, beside, iterations
         run.remember()
     steps_left = args.max_step
     for epoch in range(run.epoch + 1, args.epochs):
-        started = time.perf_counter()
+        started, watch.epoch = time.perf_counter(), epoch
         stats = train_epoch(epoch, steps_left, after_update)
         steps_left -= stats["ran"] if args.max_step else 0
         cut = stats["steps"] < iterations
@@ -568,7 +570,8 @@ def train(args, ranks, run, train_epoch, test, pause, output, beside, iterations
         except engine.Stopped:
             save()
             if output:
-                output.finish()
+                with watch.saving():
+                    output.finish()
             say(f"Stopped in epoch {epoch} after {stats['steps']} of {iterations} iterations: " + (
                 f"{output.folder / checkpoint.LAST} goes on there, with --resume auto" if output else "nothing is saved (--output_dir '')"))
             raise
@@ -580,7 +583,8 @@ def train(args, ranks, run, train_epoch, test, pause, output, beside, iterations
                 "epoch": epoch, "n_parameters": sum(p.numel() for p in run.net.parameters() if p.requires_grad), **tests,
                 "max_acc1": max(run.best, 0.0), "fps": stats["fps"], "steps": stats["steps"], "complete": not cut,
                 "world_size": ranks.world_size, "global_batch": beside["global_batch"], "epoch_seconds": time.perf_counter() - started}
-            output.save(run.state_dict() | beside, row, improved, done=None if cut else epoch)
+            with watch.saving():
+                output.save(run.state_dict() | beside, row, improved, done=None if cut else epoch)
         if args.on_nan == "rollback":
             run.remember()
         pause.saved()

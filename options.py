@@ -38,6 +38,7 @@ OPTIONS = {
         ("--verify-resume",        False,           SWITCH, None,               "ours",  "train 4 updates whole, and again interrupted after 2, and compare all that they leave, bit for bit"),
         ("--on-nan",               "stop",          str,   ("stop", "skip", "rollback"), "ours", "a loss or gradient that is not finite: stop; leave the update out; or go back to the last save and on after it"),
         ("--nan-limit",            10,              int,   "updates",           "ours",  "so many in an epoch are skipped or rolled back, then the training stops"),
+        ("--hang-timeout",         300.0,           float, "seconds",           "ours",  "a run of which a rank makes no progress for so long says which and where, and ends; 0: it waits (NCCL ends a wait of 600)"),
         ("--allow-change",         False,           SWITCH, None,               "ours",  "let a resumed run go on with other data, or another global batch"),
         ("--start_epoch",          0,               int,   "epoch",             "deit",  "first epoch, where no checkpoint says it"),
         ("--finetune",             "",              str,   "file",              "deit",  "start from these weights (a file, an https:// address) at epoch 0; another number of classes gets a new head"),
@@ -136,6 +137,7 @@ MANY = 10**9
 LIMITS = dict(
     batch_size=(1, 10**6), epochs=(1, 10**5), max_step=(0, MANY), input_size=(32, 2**14), num_workers=(0, 1024), accum_steps=(1, 10**6),
     val_interval=(1, MANY), keep=(0, MANY), milestones=(0, MANY), ckpt_steps=(0, MANY), ckpt_minutes=(0, 1e6), print_freq=(1, MANY),
+    hang_timeout=(0, 1e6),
     start_epoch=(0, MANY), sched_lag=(0, MANY), warmup_epochs=(0, MANY),
     cooldown_epochs=(0, MANY), patience_epochs=(0, MANY), recount=(1, 1000), seed=(0, 2**32 - 1), lr=(0, 1e30), warmup_lr=(0, 1e30),
     min_lr=(0, 1e30), weight_decay=(0, 1e4), clip_grad=(0, 1e30), opt_eps=(0, 1e6), mixup=(0, 1e6), cutmix=(0, 1e6), color_jitter=(0, 1e6),

@@ -1,17 +1,23 @@
 """Ranks, workers and launchers that end or stop: who says it, and do the others end?"""
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
+import torch.distributed as dist
 from conftest import ELASTIC, ROOT
+from torch.distributed import HashStore
 
 import devices
+import engine
 import main
 import watchdog
+from precision import make_precision
 
 RANKS = ["--device=cpu", "--model=test_convnext", "--input-size=32", "--batch-size=2", "--epochs=100000", "--print-freq=1", "--no-eval"]
 
@@ -50,6 +56,152 @@ def test_a_lost_connection_is_said_last_also_in_training(monkeypatch, capsys, tr
     monkeypatch.setattr(main.time, "sleep", lambda seconds: waited.append((seconds, capsys.readouterr().err)))
     assert main.complain(devices.LostConnection("lost"), training) == 1
     assert waited == [(10, "")] and capsys.readouterr().err == "error: lost\n"
+
+
+class World:
+    """Ranks that poll in turn, by a clock of the test. stopped: ranks that do not"""
+
+    def __init__(self, monkeypatch, ranks, seconds=40.0):
+        self.time, self.said, self.ended, self.stopped, store = 0.0, [], [], set(), HashStore()
+        monkeypatch.setattr(watchdog, "tell", self.said.append)
+        monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda file: self.said.append("stacks"))
+        self.ranks = [watchdog.Watch(seconds, rank, ranks, store if ranks > 1 else None, lambda status, rank=rank: self.end(rank, status),
+                                     lambda: self.time) for rank in range(ranks)]
+        self.poll()
+
+    def end(self, rank, status):
+        self.ended.append((rank, status, self.time))
+        self.stopped.add(rank)
+
+    def poll(self):
+        for rank, watch in enumerate(self.ranks):
+            if rank not in self.stopped:
+                watch.poll()
+
+    def go_on(self, seconds, work=lambda: None):
+        for _ in range(int(seconds / 4)):
+            self.time += 4
+            work()
+            self.poll()
+
+    def begin(self, epoch=3):
+        """All have done an iteration."""
+        for watch in self.ranks:
+            watch.epoch = epoch
+            for step in (0, 1):
+                watch.mark(watchdog.LOADING, step)
+            watch.mark(watchdog.STEP, 1)
+        self.poll()
+
+
+def test_the_late_rank_says_where_it_is_with_its_stacks_and_the_others_end_after_it(monkeypatch):
+    world = World(monkeypatch, 3)
+    world.begin()
+    for rank in (0, 1, 2):
+        world.ranks[rank].mark(watchdog.LOADING, 2)
+    for rank in (0, 2):
+        world.ranks[rank].mark(watchdog.STEP, 2)
+    world.go_on(36)
+    assert world.said == [] and world.ended == []
+    world.go_on(8)
+    assert world.ended == [(1, 1, 44.0)]
+    assert world.said == ["rank 1, the stacks of its threads:", "stacks",
+                          "error: rank 1 does not get on in epoch 3, iteration 2 (loading) (--hang-timeout 40)"]
+    world.go_on(40)
+    assert sorted(rank for rank, *_ in world.ended) == [0, 1, 2]
+    assert "error: rank 1 does not answer (stopped, or gone), last seen in epoch 3, iteration 2 (loading)" in world.said[-1]
+
+
+def test_a_stopped_rank_is_named_by_the_first_that_waits(monkeypatch):
+    world = World(monkeypatch, 3)
+    world.begin()
+    world.stopped = {0}
+    world.go_on(44)
+    assert world.ended == [(1, 1, 40.0)]
+    here = "epoch 3, iteration 1 (forward, backward and step)"
+    assert world.said == ["rank 1, the stacks of its threads:", "stacks", f"error: rank 0 does not answer (stopped, or gone), last seen in "
+                          f"{here}; rank 1 waits for it in {here} (--hang-timeout 40)"]
+
+
+def test_ranks_that_wait_for_each_other_are_all_named(monkeypatch):
+    world = World(monkeypatch, 2)
+    world.begin()
+    world.go_on(44)
+    assert [line for line in world.said if line.startswith("error")] == [
+        "error: ranks 0, 1 do not get on in epoch 3, iteration 1 (forward, backward and step) (--hang-timeout 40)"]
+    assert sorted(end[:2] for end in world.ended) == [(0, 1), (1, 1)]
+
+
+def test_a_long_first_iteration_and_a_slow_save_are_only_told(monkeypatch):
+    world = World(monkeypatch, 2)
+    for watch in world.ranks:
+        watch.mark(watchdog.LOADING, 0)
+        watch.mark(watchdog.STEP, 0)
+    world.go_on(100)
+    assert world.ended == [] and "note: rank 0 is for 44 s in iteration 0 (forward, backward and step): this may be long" in world.said[0]
+    assert len(world.said) == 2
+    world.begin()
+    world.said.clear()
+    world.ranks[1].mark(watchdog.LOADING, 2)
+    with world.ranks[0].saving():
+        world.go_on(400)
+    assert world.ended == [] and len(world.said) == 9  # once in 40 seconds
+    assert "in epoch 3, iteration 1 (forward, backward and step), saving: this may be long" in world.said[0]
+    world.go_on(100)
+    assert [rank for rank, *_ in world.ended][:1] == [0]
+
+
+def test_who_waits_for_a_rank_that_still_evaluates_waits(monkeypatch):
+    """One with fewer batches, too, which is then not behind."""
+    world, steps = World(monkeypatch, 2), iter(range(1, 1000))
+    world.begin()
+    for watch in world.ranks:
+        watch.mark(watchdog.EVALUATING, 0)
+    world.ranks[0].mark(watchdog.EVALUATING, 1)
+    world.ranks[0].mark(watchdog.ADDING, 0)
+    world.go_on(400, lambda: world.ranks[1].mark(watchdog.EVALUATING, next(steps)))
+    assert world.said == [] and world.ended == []
+    world.go_on(44)
+    assert world.ended[0][0] == 1 and "rank 1 does not get on in epoch 3, iteration 100 (evaluating)" in world.said[-1]
+
+
+def test_time_in_which_all_were_stopped_does_not_count(monkeypatch):
+    world = World(monkeypatch, 2)
+    world.begin()
+    for _ in range(4):
+        world.time += 10000
+        world.poll()
+    assert world.said == [] and world.ended == []
+
+
+def test_one_rank_alone_and_one_that_lost_the_store_speak_of_themselves(monkeypatch):
+    world = World(monkeypatch, 1)
+    world.begin()
+    world.go_on(44)
+    assert world.said[-1] == "error: rank 0 does not get on in epoch 3, iteration 1 (forward, backward and step) (--hang-timeout 40)"
+
+    class Lost:
+        def set(self, *_):
+            raise dist.DistNetworkError("Broken pipe")
+    world = World(monkeypatch, 2)
+    world.begin()
+    world.ranks[0].store, world.stopped = Lost(), {1}
+    world.go_on(44)
+    assert "error: rank 0 does not get on" in world.said[-1]
+
+
+def test_what_an_epoch_tells_of_its_phases():
+    marks, model = [], torch.nn.Linear(2, 2)
+    batches = [(torch.ones(2, 2), torch.zeros(2, dtype=torch.long))] * 3
+    mark = lambda *place: marks.append(place)  # noqa: E731
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    engine.train_one_epoch(model, lambda images, outputs, targets: outputs.sum(), batches, optimizer, torch.device("cpu"), 0,
+                           make_precision(torch.device("cpu"), "off"), print_freq=2, quiet=True, mark=mark)
+    loading, step, reading = watchdog.LOADING, watchdog.STEP, watchdog.READING
+    assert marks == [(loading, 0), (step, 0), (reading, 0), (loading, 1), (step, 1), (loading, 2), (step, 2), (reading, 2), (loading, 3)]
+    marks.clear()
+    engine.evaluate(batches, model, torch.device("cpu"), quiet=True, mark=mark)
+    assert marks == [(watchdog.EVALUATING, i) for i in range(4)] + [(watchdog.ADDING, 2)]
 
 
 class Launched:
@@ -141,3 +293,13 @@ def test_a_killed_worker_ends_all_with_a_line_that_names_it(launched):
     assert run.process.wait(timeout=60) == 1
     wait_for(lambda: not run.left(), seconds=30)
     assert len(run.errors()) == 1 and f"ended a loader worker (process {worker})" in run.errors()[0]
+
+
+def test_a_stopped_rank_ends_the_run_with_a_line_that_names_it(launched):
+    run = launched("--hang-timeout=5")
+    os.kill(run.ranks[1], signal.SIGSTOP)
+    assert run.process.wait(timeout=120) == 1
+    wait_for(lambda: not run.left(), seconds=30)
+    error, = run.errors()
+    assert re.match(r"error: rank 1 does not answer .*, last seen in epoch 0, iteration \d+ .*; rank 0 waits for it in epoch 0, ", error)
+    assert "rank 0, the stacks of its threads:" in run.said() and re.search(r'File ".*engine.py", line \d+ in ', run.said())
