@@ -173,6 +173,7 @@ class CIFARImages(NamedImages):
             why = "" if type(error) is RuntimeError else f" ({reason(error)})"
             raise ValueError(f"no intact {kind.base_folder} in it{why}: unpack {kind.filename} there") from error
         super().__init__(self.images.classes, transform)
+        self.targets = np.array(self.images.targets)
         self.split = "train" if is_train else "val"
 
     def __len__(self):

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from decode import UNREADABLE, DataError
+from predictions import interval
 from unreadable import over_ranks, some
 from utils import MetricLogger
 from watchdog import ADDING, EVALUATING, LOADING, READING, STEP
@@ -178,12 +179,15 @@ def first_not_finite(model, images):
 
 @torch.no_grad()
 def evaluate(data_loader, model, device, autocast=contextlib.nullcontext, *, shared=False, print_freq=50, ranks=1,
-             quiet=False, header="Test:", stopped=lambda: False, mark=lambda phase, step: None):
+             quiet=False, header="Test:", stopped=lambda: False, mark=lambda phase, step: None,
+             rows=None):
     """Cross entropy and accuracy over every image once. -> {loss, acc1, acc5}, in percent, and the number of images
 
     shared: each rank has its own part of the images; else each has them all. The sums of all ranks are added. A rank
     may have no image. With fewer than 5 classes acc5 counts all of them. The model may be wrapped in DDP.
     An image of class UNREADABLE counts as wrong, and not in the loss; `unreadable` is then how many, and the line says which.
+    rows: a list that takes (index, the top 5 outputs, their probabilities) of each of this rank's images, of batches (images, targets,
+    indices); both empty where an image is UNREADABLE.
     mark: as train_one_epoch's. stopped(): asked at each batch; where it is true on one rank, all of them raise Stopped at the end.
     """
     mark(EVALUATING, 0)
@@ -194,14 +198,19 @@ def evaluate(data_loader, model, device, autocast=contextlib.nullcontext, *, sha
         dist.broadcast(buffer, 0)
     log = MetricLogger(header, len(data_loader), (getattr(data_loader, "batch_size", None) or 1) * ranks, print_freq, quiet)
     sums, images_seen, met = [], 0, []  # sums: of (loss, correct, correct in 5) of each batch, on the device
+    told = []  # of (indices, whether they are readable, top 5 and probabilities on the device)
     for step, (images, targets, *names) in log.follow(data_loader):
         met += names[1] if len(names) > 1 else []
+        readable = None if rows is None else (targets != UNREADABLE).tolist()  # on the host yet
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         with autocast():
             logits = model(images)
         logits = logits.float()
-        best = (logits.topk(min(5, logits.shape[1])).indices == targets[:, None]).float()  # (B, 5)
+        top = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
+        best = (top == targets[:, None]).float()
+        if rows is not None:
+            told.append((names[0].tolist(), readable, top, logits.softmax(1).gather(1, top)))
         loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=UNREADABLE)
         sums.append(torch.stack((loss, best[:, 0].sum(), best.sum())))
         images_seen += len(targets)
@@ -220,6 +229,8 @@ def evaluate(data_loader, model, device, autocast=contextlib.nullcontext, *, sha
     if not math.isfinite(loss):
         raise NonFiniteEvaluation(f"the loss of the evaluation is not finite ({loss}), so its accuracy means nothing: the weights have "
                                   "diverged, or their logits overflow (--amp off evaluates in fp32)")
+    for indices, readable, *found in told:
+        rows += [(index, *(row if good else ([], []))) for index, good, *row in zip(indices, readable, *(x.tolist() for x in found))]
     copies = dist.get_world_size() if distributed and not shared else 1
     unread, met = int(unread) // copies, over_ranks(met) if unread and shared else met
     if 0 < unread == int(count) // copies:
@@ -228,6 +239,9 @@ def evaluate(data_loader, model, device, autocast=contextlib.nullcontext, *, sha
              "images": int(count) // copies, **({"unreadable": unread} if unread else {})}
     if not quiet:
         print("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats), flush=True)
+        if count:
+            low, high = interval(int(acc1) // copies, stats["images"])
+            print(f"Acc@1 lies from {low:.3f} to {high:.3f} with 95 % confidence, of {stats['images']:,} images", flush=True)
     if not quiet and unread:
         print(f"{unread} of {stats['images']} validation images cannot be read: they count as wrong, and not in the loss: {some(met)}",
               flush=True)

@@ -48,6 +48,7 @@ import manifest
 import networks
 import optim
 import pauses
+import predictions
 import samplers
 import transforms
 import unreadable
@@ -363,16 +364,33 @@ def build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preproce
     return train_epoch
 
 
-def test_epoch(run, evaluate, val_loader, say):
-    """-> log.txt's numbers of an evaluation, and whether this is the best epoch so far"""
-    tests = {f"test_{key}": value for key, value in evaluate(val_loader, run.net).items() if key != "images"}
+def test_epoch(run, evaluate, val_loader, say, rows=None):
+    """-> log.txt's numbers of an evaluation, and whether this is the best epoch so far
+
+    rows: a list, whose content becomes what the better one of the net and its average said of each image.
+    """
+    told = {"model": None, "model_ema": None} if rows is None else {"model": [], "model_ema": []}
+    tests = {f"test_{key}": value for key, value in evaluate(val_loader, run.net, rows=told["model"]).items() if key != "images"}
     if run.average is not None:
-        averaged = evaluate(val_loader, run.average.module, header="Test EMA:")
+        averaged = evaluate(val_loader, run.average.module, header="Test EMA:", rows=told["model_ema"])
         tests |= {f"test_ema_{key}": value for key, value in averaged.items() if key != "images"}
     improved = run.tested(tests["test_acc1"], tests.get("test_ema_acc1"))
+    if rows is not None:
+        rows[:] = told[run.better]
     whose = {"model": " (the model)", "model_ema": " (its moving average)"}[run.better] if improved and run.average is not None else ""
     say(f"Max accuracy: {run.best:.2f}%{whose}")
     return tests, improved
+
+
+def write_predictions(args, ranks, rows, dataset, classes, say):
+    """--predictions, of this rank's rows of an evaluation. Every rank calls this."""
+    rows = unreadable.over_ranks(rows) if args.dist_eval else rows
+    if not rows:
+        say("note: nothing was evaluated, so --predictions writes nothing")
+        return
+    aside = all_agree(ranks, lambda: predictions.save(args.predictions, rows, dataset, classes, args.data_path))
+    say(f"{utils.shown(args.predictions)} has what is said of {len(rows):,} images" + (
+        f"; an earlier file is now {utils.shown(aside)}" if aside else ""))
 
 
 def recipe(args, ranks, run, peak_lr, train_loader, preprocessing, accum_steps):
@@ -493,9 +511,14 @@ def run_in(output, watch, args, ranks, say):
         rate = engine.throughput(val_loader, net, device, precision.autocast, partial(devices.synchronize, device), time.perf_counter)
         say(f"batch_size {min(args.batch_size, len(val_loader.dataset))} throughput {rate:.2f}")
         return
+    rows = [] if args.predictions else None
+    if args.predictions:
+        all_agree(ranks, lambda: predictions.check(args.predictions))
     if args.eval:
-        stats = evaluate(val_loader, net)
+        stats = evaluate(val_loader, net, rows=rows)
         say(f"Accuracy of the network on the {stats['images']} test images: {stats['acc1']:.3f}%")
+        if args.predictions:
+            write_predictions(args, ranks, rows, loaders.images_of(val_loader), numbering.names, say)
         return
 
     run, peak_lr = build_state(args, ranks, net, precision, accum_steps)
@@ -524,10 +547,12 @@ def run_in(output, watch, args, ranks, say):
     if run.epoch + 1 >= args.epochs:
         say(f"Nothing to train: epoch {run.epoch + 1} of {args.epochs} is next (--epochs)")
     started = time.perf_counter()
-    test = partial(test_epoch, run, evaluate, val_loader, say)
+    test = partial(test_epoch, run, evaluate, val_loader, say, rows)
     with pause.listening():
         train(args, ranks, run, partial(train_epoch, watch.mark), test, pause, watch, output, beside, len(train_loader), say)
     say(f"Training time {timedelta(seconds=int(time.perf_counter() - started))}")
+    if args.predictions and val_loader:
+        write_predictions(args, ranks, rows, loaders.images_of(val_loader), numbering.names, say)
 
 
 def train(args, ranks, run, train_epoch, test, pause, watch, output, beside, iterations, say):

@@ -46,6 +46,7 @@ OPTIONS = {
         ("--eval",                 False,           SWITCH, None,               "deit",  "evaluate only"),
         ("--no-eval",              False,           SWITCH, None,               "ours",  "train without evaluating"),
         ("--throughout",           False,           SWITCH, None,               "twins", "measure the inference throughput only"),
+        ("--predictions",          "",              str,   "file",              "ours",  "write what is said of each validation image, as CSV; in training at the last evaluation, of the better of model and average"),
         ("--dist-eval",            False,           SWITCH, None,               "deit",  "share the validation set between the ranks; the result is the same, exactly"),
         ("--val-interval",         1,               int,   "epochs",            "ours",  "evaluate every so many epochs, and after the last"),
         ("--print-freq",           10,              int,   "iterations",        "ours",  "a log line, and a look at the loss, every so many iterations"),
@@ -337,6 +338,8 @@ def notes(args, device_type=None):
         idle(["crop_pct"], "nothing is evaluated")
     if args.on_nan == "stop":
         idle(["nan_limit"], "--on-nan is stop")
+    if args.no_eval or args.throughout:
+        idle(["predictions"], "nothing is evaluated")
     if not resume_file(args):
         idle(["allow_change"], "nothing is resumed")
     if not output_folder(args):

@@ -1,6 +1,7 @@
 """What did a run do? Pictures of it: loss and accuracy by epoch, and validation images with what the model says.
 
     python report.py output/run [--data-path FOLDER] [--device cpu]
+    python report.py compare A.csv B.csv      # two files of --predictions: is one better than the other?
 
 Reads log.txt, and for the images checkpoint_best.pth (or checkpoint.pth) with the options it was trained with. Writes
 curves.png and predictions.png into the run's folder. Exit status: 0 done, 2 something is wrong with what was asked for.
@@ -19,6 +20,7 @@ import torch
 import checkpoint
 import labels
 import main
+import predictions
 import utils
 from options import DEFAULTS
 
@@ -200,9 +202,15 @@ if __name__ == "__main__":
     parser.add_argument("--data-path", "--data_path", help="the data set, where it has moved")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--images", type=int, default=40, help=f"how many images to show, 1 to {MOST}")
-    given = parser.parse_args()
+    files = sys.argv[2:] if sys.argv[1:2] == ["compare"] and not "".join(sys.argv[2:3]).startswith("-") else []
+    given = None if files else parser.parse_args()
     utils.open_output()
     try:
+        if files:
+            if len(files) != 2:
+                raise ValueError(f"compare takes two files of --predictions, not {len(files)}")
+            print(*predictions.compare(*files), sep="\n")
+            sys.exit(0)
         for picture in report(given.folder, given.data_path, given.device, given.images):
             print(picture)
     except devices.NeedsRestart:

@@ -438,7 +438,7 @@ def test_an_evaluation_in_bf16_still_adds_its_loss_in_full_precision():
 
 def test_an_evaluation_prints_the_line_that_parsers_look_for(capsys):
     stats = engine.evaluate(batches_of(3, 4), net(), CPU)
-    line = capsys.readouterr().out.splitlines()[-1]
+    line = capsys.readouterr().out.splitlines()[-2]
     assert re.fullmatch(r"\* Acc@1 \d+\.\d{3} Acc@5 100\.000 loss \d+\.\d{3}", line)
     assert line == f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"
 

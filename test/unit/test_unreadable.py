@@ -97,7 +97,7 @@ def test_another_image_of_the_class_takes_its_place_as_seed_and_draw_say(broken)
         assert len({shown for bad, shown in choices if bad == index}) >= 3  # not always the same one
 
 
-def test_workers_and_ranks_change_no_sample(broken):
+def test_workers_and_ranks_change_no_replacement(broken):
     images = training_set(broken.path)
     one, met = batches(images)
     assert {index for index, *_ in met} == set(broken.train)
@@ -105,6 +105,12 @@ def test_workers_and_ranks_change_no_sample(broken):
     for (a, *rest), (b, *others) in zip(one, two, strict=True):
         assert torch.equal(a, b) and rest == others
     assert met == met_by_workers
+    parts = {rank: iter(batches(images, rank=rank, ranks=2)[0]) for rank in range(2)}
+    together, _ = batches(images, accum_steps=2)  # a batch of one part after that of the other
+    for i, (a, *rest) in enumerate(together):
+        b, *others = next(parts[i // 4 % 2])
+        assert torch.equal(a, b) and rest == others
+    assert [*parts[0], *parts[1]] == []
 
 
 def test_what_can_be_read_is_drawn_as_without_the_option(tiny_folder):
