@@ -508,9 +508,7 @@ def run_in(output, watch, args, ranks, say):
     evaluate = partial(engine.evaluate, device=device, autocast=precision.autocast, ranks=ranks.world_size if args.dist_eval else 1,
                        shared=args.dist_eval, quiet=not ranks.is_main, stopped=pause.stopped, mark=watch.mark)
     if args.throughout:
-        rate = engine.throughput(val_loader, net, device, precision.autocast, partial(devices.synchronize, device), time.perf_counter)
-        say(f"batch_size {min(args.batch_size, len(val_loader.dataset))} throughput {rate:.2f}")
-        return
+        return measure(args, ranks, net, precision, val_loader, say)
     rows = [] if args.predictions else None
     if args.predictions:
         all_agree(ranks, lambda: predictions.check(args.predictions))
@@ -521,18 +519,7 @@ def run_in(output, watch, args, ranks, say):
             write_predictions(args, ranks, rows, loaders.images_of(val_loader), numbering.names, say)
         return
 
-    run, peak_lr = build_state(args, ranks, net, precision, accum_steps)
-    if saved:
-        for note in run.load_state_dict(saved, saved_path):
-            say(f"note: {note}")
-        before, images = saved.get("global_batch"), global_batch(args, ranks, accum_steps)
-        if type(before) is int and before != images:  # --allow-change: some images again rather than never
-            run.progress.updates = run.progress.updates * before // images
-        if args.sched == "plateau":
-            say(f"plateau goes on at {run.optimizer.param_groups[0]['lr']:g}")
-    if args.on_nan == "rollback" and is_flat(run.optimizer):
-        raise ValueError("--on-nan rollback: the flat optimizer of an NPU takes no state once it has stepped: --on-nan skip, or adamw "
-                         "on a 910B")
+    run, peak_lr = restore(args, ranks, net, precision, accum_steps, saved, saved_path, say)
     train_epoch = build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preprocessing, output, say)
     made = all_agree(ranks, lambda: (output or saved) and describe(args, loaders.images_of(train_loader), saved, saved_path, say))
     moved = all_agree(ranks, lambda: output and prepare_output(output, args, saved_path, run.epoch + 1))
@@ -553,6 +540,30 @@ def run_in(output, watch, args, ranks, say):
     say(f"Training time {timedelta(seconds=int(time.perf_counter() - started))}")
     if args.predictions and val_loader:
         write_predictions(args, ranks, rows, loaders.images_of(val_loader), numbering.names, say)
+
+
+def measure(args, ranks, net, precision, val_loader, say):
+    """--throughout"""
+    device = ranks.device
+    rate = engine.throughput(val_loader, net, device, precision.autocast, partial(devices.synchronize, device), time.perf_counter)
+    say(f"batch_size {min(args.batch_size, len(val_loader.dataset))} throughput {rate:.2f}")
+
+
+def restore(args, ranks, net, precision, accum_steps, saved, saved_path, say):
+    """-> the State to go on from, of the checkpoint `saved` or, where that is None, the first one; the peak learning rate"""
+    run, peak_lr = build_state(args, ranks, net, precision, accum_steps)
+    if saved:
+        for note in run.load_state_dict(saved, saved_path):
+            say(f"note: {note}")
+        before, images = saved.get("global_batch"), global_batch(args, ranks, accum_steps)
+        if type(before) is int and before != images:  # --allow-change: some images again rather than never
+            run.progress.updates = run.progress.updates * before // images
+        if args.sched == "plateau":
+            say(f"plateau goes on at {run.optimizer.param_groups[0]['lr']:g}")
+    if args.on_nan == "rollback" and is_flat(run.optimizer):
+        raise ValueError("--on-nan rollback: the flat optimizer of an NPU takes no state once it has stepped: --on-nan skip, or adamw "
+                         "on a 910B")
+    return run, peak_lr
 
 
 def train(args, ranks, run, train_epoch, test, pause, watch, output, beside, iterations, say):
