@@ -303,3 +303,11 @@ def test_a_stopped_rank_ends_the_run_with_a_line_that_names_it(launched):
     error, = run.errors()
     assert re.match(r"error: rank 1 does not answer .*, last seen in epoch 0, iteration \d+ .*; rank 0 waits for it in epoch 0, ", error)
     assert "rank 0, the stacks of its threads:" in run.said() and re.search(r'File ".*engine.py", line \d+ in ', run.said())
+
+
+def test_each_fault_has_its_command():
+    script = ROOT / "test" / "faults" / "run.sh"
+    tests = dict(re.findall(r"\[(\w+)\]=(test_\w+)", script.read_text()))
+    assert list(tests) == ["rank", "worker", "torchrun", "stop"] and all(callable(globals().get(name)) for name in tests.values())
+    done = subprocess.run(["bash", script, "nothing"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and all(f"run.sh {name} " in done.stdout for name in (*tests, "folder", "kills"))

@@ -1,0 +1,142 @@
+"""Runs that are killed at random, or meet in one folder: is anything lost, torn or different? See run.sh."""
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
+from conftest import ELASTIC, ROOT  # it finds main.py, too
+
+# isort: split
+
+import numpy as np
+from PIL import Image
+from test_exact import RECIPE, assert_same, left, train
+from test_watchdog import alive, children, wait_for
+
+import checkpoint
+
+
+def write_images(folder):
+    """3 classes, 8 images each to train with and 3 to validate."""
+    rng = np.random.default_rng(0)
+    for split, images in (("train", 8), ("val", 3)):
+        for i in range(3 * images):
+            path = folder / split / f"class{i % 3}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def start(folder, data, ranks, log, *words):
+    """A run of the default recipe, which saves after each update."""
+    more = ["--dist-eval", "--batch-size=2"] if ranks > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if ranks > 1 else []
+    command = [sys.executable, "-u", *launcher, ROOT / "main.py", *RECIPE, *more, "--data-path", data, "--output_dir", folder,
+               "--resume=auto", "--ckpt-steps=1", "--print-freq=1", *words]
+    env = {key: value for key, value in os.environ.items() if key not in ELASTIC} | {"OMP_NUM_THREADS": "1"}
+    with open(log, "w") as file:
+        return subprocess.Popen([*map(str, command)], stdout=file, stderr=subprocess.STDOUT, env=env)
+
+
+def finish(folder, data, ranks, log):
+    if ranks == 1:
+        train(folder, "--data-path", data, "--resume=auto")
+        return
+    status = start(folder, data, ranks, log).wait()
+    assert status == 0, Path(log).read_text()[-2000:]
+
+
+def stage(folder):
+    """Of the last checkpoint on the disk: (epoch, updates), None before there is one. Raises ValueError for a torn one."""
+    with contextlib.suppress(checkpoint.NoCheckpoint):
+        path = folder / checkpoint.LAST
+        if path.exists():
+            saved = checkpoint.read(path)
+            return saved["epoch"], saved["progress"]["updates"]
+    return None
+
+
+def kill(process, folder, ranks, seconds, in_save, rng):
+    """Kill the run when it trains: after some of `seconds`, or in the middle of one of its next saves. -> (who, a save was half-written)"""
+    saves = rng.randrange(1, 8)
+    if in_save:
+        seen = None
+        while saves and process.poll() is None:
+            found = next(folder.glob(".checkpoint*.tmp"), None) if folder.is_dir() else None
+            saves, seen = saves - (found is not None and seen is None), found
+    else:
+        time.sleep(rng.random() * 0.7 * seconds)
+    victims = {"run": process.pid} if ranks == 1 else {"torchrun": process.pid, **{
+        f"rank {i}": pid for i, pid in enumerate(children(process.pid))}}
+    family = {process.pid, *children(process.pid)}
+    who = rng.choice(list(victims)) if ranks > 1 else "run"
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(victims[who], 9)
+    torn = any(folder.glob(".checkpoint*.tmp"))
+    process.wait()
+    wait_for(lambda: not alive() & family, seconds=60)
+    return who, torn
+
+
+def kills(count, root):
+    rng, data = random.Random(0), write_images(root / "data")
+    whole, seconds = {}, {}
+    for ranks in (1, 2)[:1 + (count > 2)]:
+        process = start(root / f"whole{ranks}", data, ranks, root / "log")
+        wait_for(lambda: "Epoch: [0]  [0" in (root / "log").read_text(), process)
+        began = time.monotonic()
+        assert process.wait() == 0, (root / "log").read_text()
+        whole[ranks], seconds[ranks] = left(root / f"whole{ranks}"), time.monotonic() - began
+    found = dict.fromkeys(("lost", "torn", "different", "killed", "inside a save", "two ranks"), 0)
+    for trial in range(count):
+        ranks, folder, log = 2 if trial % 3 == 2 else 1, root / f"run{trial}", root / f"log{trial}"
+        process = start(folder, data, ranks, log)
+        wait_for(lambda log=log: "Epoch: [0]  [0" in log.read_text(), process)
+        before = stage(folder)
+        who, half = kill(process, folder, ranks, seconds[ranks], trial % 3 == 1, rng)
+        found["killed"] += "Training time" not in log.read_text()
+        found["inside a save"] += half
+        found["two ranks"] += ranks == 2
+        at = None
+        try:
+            at = stage(folder)
+        except ValueError:
+            found["torn"] += 1
+        found["lost"] += before is not None and (at is None or at < before)
+        finish(folder, data, ranks, log)
+        try:
+            assert_same(left(folder), whole[ranks])
+        except AssertionError as error:
+            found["different"] += 1
+            print(error, file=sys.stderr)
+        print(f"run {trial}: {who} killed{' inside a save' if half else ''}, went on from epoch and updates {at}", flush=True)
+    print(f"{count} runs: " + ", ".join(f"{number} {name}" for name, number in found.items()))
+    return found["lost"] + found["torn"] + found["different"]
+
+
+def meet(count, root):
+    data, damaged = write_images(root / "data"), 0
+    for trial in range(count):
+        folder, logs = root / f"run{trial}", [root / f"log{trial}.{i}" for i in range(2)]
+        runs = [start(folder, data, 1, log) for log in logs]
+        statuses = sorted(run.wait() for run in runs)
+        said = "".join(log.read_text() for log in logs)
+        try:
+            good = statuses == [0, 2] and stage(folder) == (1, 0) and said.count("is in use by another run") == 1
+        except ValueError:
+            good = False
+        damaged += not good
+        print(f"pair {trial}: statuses {statuses}{'' if good else ': ' + said[-2000:]}", flush=True)
+    print(f"{count} pairs: {damaged} damaged")
+    return damaged
+
+
+if __name__ == "__main__":
+    what, number = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else {"kills": 6, "folder": 3}[sys.argv[1]]
+    with tempfile.TemporaryDirectory() as temporary:
+        sys.exit(bool({"kills": kills, "folder": meet}[what](number, Path(temporary))))
