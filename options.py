@@ -367,6 +367,8 @@ def notes(args, device_type=None):
         idle(["distillation_tau"], "only soft distillation has a temperature")
     if args.distillation_type == "none":
         idle(["distillation_alpha"], "there is no --distillation-type")
+    if args.data_set in ("CIFAR", "CIFAR10"):
+        idle(["max_bad_fraction"], f"{args.data_set} is read whole at the start, and compared with its checksums")
     if args.data_set not in ("INAT", "INAT19"):
         idle(["inat_category"], f"{args.data_set} has one level of classes")
     return found

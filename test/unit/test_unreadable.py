@@ -20,6 +20,7 @@ import engine
 import keeper
 import loaders
 import main
+import options
 import samplers
 import unreadable
 from datasets import build_dataset, write_shards
@@ -241,6 +242,12 @@ def test_a_disk_that_takes_no_rows_is_one_warning_and_they_come_later(tmp_path, 
         mine.record([row])
     assert len(said) == 1 and "data_errors.jsonl cannot be written (No space left on device)" in said[0]
     assert rows_of(tmp_path) == [row]
+
+
+@pytest.mark.parametrize("data_set, count", [("CIFAR10", 1), ("IMNET", 0)])
+def test_an_option_without_effect_is_said(data_set, count):
+    args = options.parse(["--data-path=x", f"--data-set={data_set}", "--max-bad-fraction=0.5"])
+    assert sum("--max-bad-fraction has no effect: CIFAR10 is read whole" in note for note in options.notes(args)) == count
 
 
 # ---- validation ----
