@@ -115,6 +115,7 @@ ABSENT = """
 import sys, torch, torch.distributed as dist
 torch.npu.set_device(1)
 dist.init_process_group("cpu:gloo,npu:hccl")
+dist.broadcast_object_list([None], src=0, device=torch.device("cpu"))  # whether the first rank's output folder can be used
 sys.stdin.read()
 """
 
