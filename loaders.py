@@ -37,22 +37,30 @@ class DrawnImages(Dataset):
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, draw):
+    def __getitem__(self, draw, read=None):
         epoch, index, copy = draw
         seed = seed_of(self.seed, epoch, index, copy)
-        return self.replaced(index, seed) if self.replaces else self.drawn(index, seed)
+        return self.replaced(index, seed, read) if self.replaces else self.drawn(index, seed, read)
 
-    def drawn(self, index, seed):
+    def __getitems__(self, draws):
+        readers = [None] * len(draws)
+        if hasattr(self.images, "readers"):  # neighbours in a shard are one read
+            with contextlib.suppress(UnreadableImage):  # then each by itself, which says which one
+                readers = self.images.readers([index for _, index, _ in draws])
+        return [self.__getitem__(*pair) for pair in zip(draws, readers)]
+
+    def drawn(self, index, seed, read=None):
+        """read: a function that gives the image, in place of asking the data set for it."""
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which turns to devices that a worker must not touch
-        return self.images[index]
+        return read() if read else self.images[index]
 
-    def replaced(self, index, seed):
+    def replaced(self, index, seed, read=None):
         met = []
         for candidate in self.candidates(index, seed):
             try:
-                return *self.drawn(candidate, seed), met
+                return *self.drawn(candidate, seed, read if candidate == index else None), met
             except UnreadableImage as error:
                 met.append((candidate, self.images.name(candidate), error.why))
         raise DataError(f"cannot read the image {shown(met[0][1])} ({met[0][2]}), nor any other of its class ({len(met)} images): replace "

@@ -595,11 +595,15 @@ class ShardedImages(Dataset):
         target = target if self.numbering is None else self.numbering[target]
         return self.transform(image) if self.transform else image, target, index
 
-    def __getitems__(self, indices):
-        """What a loader asks for a batch."""
+    def readers(self, indices):
+        """Read the bytes of a batch's images, neighbours at once. -> a function for each image that decodes it"""
         indices = [int(i) for i in indices]
         pieces = self.pieces(indices)
-        return [self.decode(i, pieces[i, "image"], pieces[i, "label"]) for i in indices]
+        return [functools.partial(self.decode, i, pieces[i, "image"], pieces[i, "label"]) for i in indices]
+
+    def __getitems__(self, indices):
+        """What a loader asks for a batch."""
+        return [read() for read in self.readers(indices)]
 
     def __getitem__(self, index):
         if not 0 <= index < len(self):

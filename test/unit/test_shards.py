@@ -230,6 +230,18 @@ def test_the_order_follows_seed_and_epoch(shards_root):
     assert indices(loader_of(shards_root, True, 4, 0, seed=6), 0) != first
 
 
+def test_a_training_batch_is_read_at_once(shards_root, monkeypatch):
+    """So that neighbours in a shard are one read; and it is what reading image by image gives."""
+    found, _ = datasets.build_dataset(True, shards_root, "IMNET", small_transform(True))
+    asked, pieces = [], ShardedImages.pieces
+    monkeypatch.setattr(ShardedImages, "pieces", lambda images, indices: asked.append(len(indices)) or pieces(images, indices))
+    loader = loaders.build_loader(found, True, 8, 0, seed=5)
+    batches = list(loader)
+    assert asked == [8, 8, 8]
+    for (images, _, _), draws in zip(batches, loader.batch_sampler):
+        assert torch.equal(images, torch.stack([loader.dataset[draw][0] for draw in draws]))
+
+
 def test_repeated_augmentation_on_shards(shards_root):
     """Three copies of an image, each with draws of its own."""
     found, _ = datasets.build_dataset(True, shards_root, "IMNET", small_transform(True))

@@ -16,7 +16,7 @@ EPOCH_LINE = re.compile(
     rf"Epoch: \[(?P<epoch>\d+)\]  \[(?P<step> *\d+)/(?P<total>\d+)\]  eta: (?P<eta>\d+:\d\d:\d\d)  lr: (?P<lr>{NUMBER})  "
     rf"loss: (?P<loss>{NUMBER}) \((?P<average>{NUMBER})\)  time: (?P<time>{NUMBER})  fps:(?P<fps>{NUMBER})  "
     rf"data: (?P<data>{NUMBER})  max mem: (?P<memory>\d+)"
-    rf"(?:  grad norm: (?P<grad>{NUMBER})  update norm: (?P<update>{NUMBER}))?")
+    rf"(?:  grad norm: (?P<grad>{NUMBER}|inf|nan)  update norm: (?P<update>{NUMBER}))?")
 
 
 class Clock:
