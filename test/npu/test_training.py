@@ -390,7 +390,7 @@ def scaled(few, tmp_path_factory):
     def train(saved, where):
         out = folder / f"{len(list(folder.iterdir()))}"
         words = usual(few, "--amp=fp16", "--batch-size=6", "--epochs=9", "--max_step=2", "--no-eval", "--output_dir", out)
-        words = [word for word in words if word != "--amp=off"] + (["--resume", saved] if saved else [])
+        words = [word for word in words if word != "--amp=off"] + (["--resume", saved, "--allow-change"] if saved else [])
         if where == "910A":
             helpers.works(*words, on=helpers.host(npus=1, soc="910A"))
         else:
@@ -618,5 +618,5 @@ def test_apexs_state_is_read_by_torchs_scaler_and_the_other_way(apex, apexes, sc
     state = helpers.load(trained)["scaler"]
     assert (state["scale"], state["_growth_tracker"]) == (48.0, 9 + 2)
     epoch = helpers.load(trained)["epoch"]
-    _, calls, _ = apex("--resume", trained, f"--epochs={epoch + 2}", "--max_step=1")
+    _, calls, _ = apex("--resume", trained, "--allow-change", f"--epochs={epoch + 2}", "--max_step=1")
     assert calls[1] == {"call": "load_state_dict", "state": {"loss_scaler0": {"loss_scale": 48.0, "unskipped": 11}}}
