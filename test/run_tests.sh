@@ -51,8 +51,9 @@ if ((chosen == 0)); then
     ran=0
 fi
 if ((${#unit[@]})); then
-    # a file's tests stay in one process: they share what is dear to make
-    step "unit tests" "$PYTHON" -m pytest -q -n auto --maxprocesses 4 --dist loadfile "${unit[@]}" "${words[@]}"
+    parallel=() # of all tests; those of a file stay in one process, since they share what is dear to make
+    if ((chosen == 0 && ${#words[@]} == 0)); then parallel=(-n auto --maxprocesses 4 --dist loadfile); fi
+    step "unit tests" "$PYTHON" -m pytest -q "${parallel[@]}" "${unit[@]}" "${words[@]}"
 fi
 if ((${#npu_tests[@]} == 0)); then
     :
