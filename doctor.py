@@ -33,7 +33,6 @@ from pathlib import Path
 import options
 import utils
 import versions
-from precision import make_precision, native_bf16
 from versions import cuda_build, installed, release
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -163,6 +162,7 @@ def check_device(args):
     if args.device == "auto" and not devices.available("npu") and installed("torch_npu"):
         yield warn("npu devices", "torch_npu is installed, but no NPU is visible", "look at `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES")
     device = devices.init_distributed_mode(args.device).device
+    from precision import make_precision, native_bf16
     precision = make_precision(device)
     yield ok("device", f"--device {args.device} is {devices.describe(device)}")
     yield ok("precision", f"--amp auto is {precision.name}; bf16 is {'' if native_bf16(device) else 'not '}native")
