@@ -17,11 +17,11 @@ UPDATES = 6
 @pytest.fixture
 def train(tiny_folder, tmp_path, monkeypatch):
     """train(folder, *words, bad=(3,)) -> status, output and errors of a run whose batches `bad` of epoch 0 hold an image of nan"""
-    read = loaders.DrawnImages.__getitem__
+    getitem = loaders.DrawnImages.__getitem__
 
     def start(folder, *words, bad=(3,)):
-        def spoiled(images, draw):
-            image, *rest = read(images, draw)
+        def spoiled(images, draw, read=None):
+            image, *rest = getitem(images, draw, read)
             order = [index for batch in batches.of(bad) for _, index, _ in batch[:1]]
             return (torch.full_like(image, math.nan) if draw[1] in order else image, *rest)
 
