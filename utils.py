@@ -148,7 +148,8 @@ def open_output():
         if isinstance(stream, Output):
             continue
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            # a line is one write: with PYTHONUNBUFFERED its end is a second one, and another rank's line may come between
+            stream.reconfigure(errors="backslashreplace", line_buffering=True, write_through=False)
         setattr(sys, name, Output(stream, say=(lambda text: print(text, file=sys.stderr, flush=True)) if name == "stdout" else None))
 
 
