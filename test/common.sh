@@ -289,7 +289,7 @@ run_logged() {
     local pid='' tee status=0 signal='' out
     trap 'signal=130; [[ ! $pid ]] || kill -TERM "$pid" 2>/dev/null' INT
     trap 'signal=143; [[ ! $pid ]] || kill -TERM "$pid" 2>/dev/null' TERM HUP USR1 # torchrun knows no USR1
-    exec {out}> >(exec tee -ia -- "$train_log")
+    exec {out}> >(trap '' TERM HUP USR1; exec tee -ia -- "$train_log")
     tee=$!
     {
         info "command: $command_line"
