@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from decode import UNREADABLE, DataError, UnreadableImage
 from pauses import SIGNALS
-from samplers import EvalSampler, RASampler, RunSampler, ShuffleSampler, TrainingBatches, seed_of
+from samplers import IMAGE, EvalSampler, RASampler, RunSampler, ShuffleSampler, TrainingBatches, seed_of
 from shards import ShardedImages
 from utils import shown
 
@@ -39,7 +39,7 @@ class DrawnImages(Dataset):
 
     def __getitem__(self, draw, read=None):
         epoch, index, copy = draw
-        seed = seed_of(self.seed, epoch, index, copy)
+        seed = seed_of(IMAGE, self.seed, epoch, index, copy)
         return self.replaced(index, seed, read) if self.replaces else self.drawn(index, seed, read)
 
     def __getitems__(self, draws):

@@ -328,7 +328,7 @@ def build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preproce
     def reseed(epoch, step):
         """What is drawn for a part of an update (mixing, drop path, dropout) follows from the seed and its place, not from the past."""
         update, part = divmod(step, accum_steps)
-        devices.seed_everything(samplers.seed_of(args.seed, epoch, update, part * ranks.world_size + ranks.rank))
+        devices.seed_everything(samplers.seed_of(samplers.PART, args.seed, epoch, update, part * ranks.world_size + ranks.rank))
 
     def train_epoch(mark, epoch, max_steps, after_update):
         while True:

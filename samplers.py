@@ -10,8 +10,15 @@ import torch
 from torch.utils.data import Sampler
 
 
+# What is drawn at random for: an image has no draws of a batch's, where their numbers happen to be the same
+IMAGE, PART = 0, 1
+
+
 def seed_of(*words):
-    """A number of 63 bits that follows from whole numbers, as independent of that of other words as if it were drawn."""
+    """A number of 63 bits that follows from whole numbers, as independent of that of other words as if it were drawn.
+
+    The first word is IMAGE or PART. Their number must be the same for all of a kind: NumPy takes missing ones for zeros.
+    """
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
 
 

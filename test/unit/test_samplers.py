@@ -5,7 +5,7 @@ import pytest
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DistributedSampler
 
-from samplers import EvalSampler, RASampler, ShuffleSampler
+from samplers import IMAGE, PART, EvalSampler, RASampler, ShuffleSampler, seed_of
 
 LENGTHS = (1, 2, 5, 11, 24, 255, 256, 257, 700, 1000)
 RANKS = (1, 2, 3, 5, 8)
@@ -98,3 +98,13 @@ def test_evaluation_covers_every_index_once(length, ranks):
 def test_a_rank_that_is_none(kind, rank):
     with pytest.raises(ValueError, match=f"rank {rank} is not one of 2 ranks"):
         kind(range(10), num_replicas=2, rank=rank)
+
+
+# ---- seeds ----
+
+def test_no_two_places_share_a_seed():
+    """Neither two images, epochs, copies or seeds, nor an image and a part of an update of the same numbers."""
+    words = [(kind, seed, epoch, number, part) for kind in (IMAGE, PART) for seed in (0, 1, 2**32 - 1) for epoch in range(4)
+             for number in range(200) for part in range(3)]
+    seeds = [seed_of(*one) for one in words]
+    assert len(set(seeds)) == len(seeds) and 0 <= min(seeds) and max(seeds) < 2**63

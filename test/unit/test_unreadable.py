@@ -91,7 +91,7 @@ def test_another_image_of_the_class_takes_its_place_as_seed_and_draw_say(broken)
             image, target, shown, met = drawn[draw]
             assert target == images.targets[index] and shown in alike - set(broken.train)
             assert met[0][:2] == (index, images.name(index))
-            assert torch.equal(image, drawn.drawn(shown, samplers.seed_of(5, *draw))[0])
+            assert torch.equal(image, drawn.drawn(shown, samplers.seed_of(samplers.IMAGE, 5, *draw))[0])
             again = loaders.DrawnImages(images, 5, replaces=True)[draw]
             assert torch.equal(image, again[0]) and again[1:] == (target, shown, met)
             choices.add((index, shown))
