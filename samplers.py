@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-
 # What is drawn at random for: an image has no draws of a batch's, where their numbers happen to be the same
 IMAGE, PART = 0, 1
 

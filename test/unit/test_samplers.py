@@ -107,4 +107,4 @@ def test_no_two_places_share_a_seed():
     words = [(kind, seed, epoch, number, part) for kind in (IMAGE, PART) for seed in (0, 1, 2**32 - 1) for epoch in range(4)
              for number in range(200) for part in range(3)]
     seeds = [seed_of(*one) for one in words]
-    assert len(set(seeds)) == len(seeds) and 0 <= min(seeds) and max(seeds) < 2**63
+    assert len(set(seeds)) == len(seeds) and min(seeds) >= 0 and max(seeds) < 2**63
