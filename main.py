@@ -334,6 +334,7 @@ def build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preproce
         while True:
             loaders.set_epoch(train_loader, epoch, run.progress.updates * accum_steps)
             run.start_epoch(epoch)
+            left_out = run.progress.skipped + 1  # with one that is not finite: of several in a window each is met in its turn
             try:
                 return engine.train_one_epoch(
                     model, criterion, train_loader, run.optimizer, ranks.device, epoch, run.precision, args.clip_grad, run.average, mixup,
@@ -344,11 +345,11 @@ def build_epoch(args, ranks, run, train_loader, accum_steps, numbering, preproce
             except engine.NonFiniteLoss as error:
                 met = named(error, epoch, loaders.images_of(train_loader), ranks, where)
             met.rate, met.scale = run.optimizer.param_groups[0]["lr"], run.precision.state_dict().get("scale")
-            if args.on_nan != "rollback" or run.progress.skipped > args.nan_limit:
+            if args.on_nan != "rollback" or left_out > args.nan_limit:
                 raise met
-            run.roll_back(met.step // accum_steps + 1)
+            run.roll_back(met.step // accum_steps + 1, left_out)
             say(f"warning: {met}{circumstances(met)}: back to the weights of the last save, and on after that update; "
-                f"{run.progress.skipped} of {args.nan_limit} that may be (--nan-limit)")
+                f"{left_out} of {args.nan_limit} that may be (--nan-limit)")
 
     def where(step):
         """Which module a loss or gradient that is not finite began in: the batch once more, with the same draws."""
@@ -441,7 +442,7 @@ def verify_resume(watch, args, ranks, say, updates=4, cut=2):
     two leave. Raises NotTheSame where it differs by one bit."""
     if not (parent := options.output_folder(args)):
         raise ValueError("--verify-resume writes checkpoints: leave --output_dir '' away")
-    folder = Path(parent) / "verify-resume"
+    folder = Path(parent) / ".verify-resume"
 
     def train(name, until, **changes):
         short = dict(no_eval=True, ckpt_minutes=0.0, output_dir=str(folder / name), max_step=until * args.accum_steps)
@@ -563,6 +564,8 @@ def restore(args, ranks, net, precision, accum_steps, saved, saved_path, say):
     if args.on_nan == "rollback" and is_flat(run.optimizer):
         raise ValueError("--on-nan rollback: the flat optimizer of an NPU takes no state once it has stepped: --on-nan skip, or adamw "
                          "on a 910B")
+    if args.on_nan == "skip" and any(getattr(module, "running_mean", None) is not None for module in net.modules()):
+        raise ValueError(f"--on-nan skip: the batch norms of {args.model} have taken in what an update leaves out: --on-nan rollback")
     return run, peak_lr
 
 
@@ -695,7 +698,7 @@ def run(argv=None):
         main(args)
         status = 0
     except engine.Stopped:
-        status = 75 if args.output_dir != '' else 143  # EX_TEMPFAIL: the same command with --resume auto goes on
+        status = 75 if args.output_dir != '' and not args.verify_resume else 143  # EX_TEMPFAIL: the same command with --resume auto goes on
     except devices.NeedsRestart:
         devices.restart_without_npu()
     except KeyboardInterrupt:

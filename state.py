@@ -74,11 +74,11 @@ class State:
         """Keep a copy of all of it on the host, for roll_back."""
         self.remembered = checkpoint.to_host(self.state_dict())
 
-    def roll_back(self, updates):
-        """Take the remembered state, and go on in its epoch after so many updates: those between are left out."""
-        skipped = self.progress.skipped
+    def roll_back(self, updates, skipped):
+        """Take the remembered state, and go on in its epoch after so many updates: those between are left out. skipped: in all"""
         self.net.load_state_dict(self.remembered["model"])
         self.load_state_dict(checkpoint.to_host(self.remembered))
+        self.start_epoch(self.epoch + 1)  # what is remembered may be from before the schedule was told of it
         self.progress.updates, self.progress.skipped = updates, skipped
 
     def state_dict(self):

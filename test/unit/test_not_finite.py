@@ -19,7 +19,7 @@ def train(tiny_folder, tmp_path, monkeypatch):
     """train(folder, *words, bad=(3,)) -> status, output and errors of a run whose batches `bad` of epoch 0 hold an image of nan"""
     getitem = loaders.DrawnImages.__getitem__
 
-    def start(folder, *words, bad=(3,)):
+    def start(folder, *words, bad=(3,), plain=PLAIN):
         def spoiled(images, draw, read=None):
             image, *rest = getitem(images, draw, read)
             order = [index for batch in batches.of(bad) for _, index, _ in batch[:1]]
@@ -36,7 +36,7 @@ def train(tiny_folder, tmp_path, monkeypatch):
         with monkeypatch.context() as patched, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             patched.setattr(loaders, "build_loader", keep)
             patched.setattr(loaders.DrawnImages, "__getitem__", spoiled)
-            status = main.run([*RECIPE, *PLAIN, "--data-path", str(tiny_folder), "--output_dir", str(tmp_path / folder), *words])
+            status = main.run([*RECIPE, *plain, "--data-path", str(tiny_folder), "--output_dir", str(tmp_path / folder), *words])
         return status, out.getvalue(), err.getvalue()
     return start
 
@@ -66,6 +66,21 @@ def test_going_back_to_the_update_before_is_leaving_one_out(train, tmp_path):
     assert_same(left(tmp_path / "back")[1], left(tmp_path / "out")[1])
 
 
+@pytest.mark.parametrize("words", [["--sched=plateau", "--patience-epochs=0", "--warmup-epochs=0", "--epochs=4"], ["--num_workers=2"]],
+                         ids=["plateau", "workers"])
+def test_going_back_to_the_beginning_of_an_epoch_is_leaving_out_its_first(train, tmp_path, words):
+    """The rates of the epoch are set from what is remembered, once; and workers that have read ahead begin again."""
+    plain = ["--mixup=0", "--cutmix=0"]
+    for folder, how in (("back", "rollback"), ("out", "skip")):
+        status, _, err = train(folder, f"--on-nan={how}", "--print-freq=1", *words, bad=(0,), plain=plain)
+        assert status == 0, err
+    (back, rows), (out, others) = left(tmp_path / "back"), left(tmp_path / "out")
+    for part in ("model", "optimizer", "schedule", "progress"):  # the average counts the update that is skipped, as one that overflows
+        assert_same(back[part], out[part], part)
+    for key in ("train_lr", "train_loss", "test_loss"):
+        assert [row[key] for row in rows] == [row[key] for row in others]
+
+
 def test_going_back_takes_the_last_save_and_goes_on_after_the_update(train, tmp_path):
     """As a run that was cut at the save and told that it had done the updates to the bad one."""
     status, out, err = train("back", "--on-nan=rollback", "--ckpt-steps=2", "--print-freq=100", bad=(3,))
@@ -76,6 +91,20 @@ def test_going_back_takes_the_last_save_and_goes_on_after_the_update(train, tmp_
     torch.save(saved, tmp_path / "by hand" / "checkpoint.pth")
     assert train("by hand", "--resume=auto")[0] == 0
     assert_same(left(tmp_path / "back")[0]["model"], left(tmp_path / "by hand")[0]["model"])
+
+
+def test_two_in_one_window_are_two(train):
+    """--print-freq 100: the second is met once the first is behind."""
+    status, out, err = train("two", "--on-nan=rollback", "--nan-limit=2", "--print-freq=100", bad=(1, 3))
+    assert status == 0, err
+    assert [line.split("; ")[1] for line in out.splitlines() if "back to the weights" in line] == [
+        f"{n} of 2 that may be (--nan-limit)" for n in (1, 2)]
+
+
+def test_batch_norms_see_what_is_skipped(train):
+    status, _, err = train("norms", "--on-nan=skip", "--model=test_resnet")
+    assert (status, err) == (2, "error: --on-nan skip: the batch norms of test_resnet have taken in what an update leaves out: --on-nan "
+                                "rollback\n")
 
 
 @pytest.mark.parametrize("how", ["skip", "rollback"])
