@@ -23,8 +23,13 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = ["Twins"]
 
-# The windows that a device's fused kernels take in one call: CUDA's put the batch in a grid's second or third dimension.
-MOST_WINDOWS = {"cuda": 65_535}
+
+def most_windows(x):
+    """How many windows a fused kernel takes in one call, None for any number.
+
+    CUDA's put them in a grid's second or third dimension. Of other accelerators it is not known; there the split costs a copy.
+    """
+    return None if x.is_cpu else 65_535
 
 
 def attention(q, k, v, dropout, fused, mask=None):
@@ -34,7 +39,7 @@ def attention(q, k, v, dropout, fused, mask=None):
     On a CPU the fused kernel wins in fp32 but takes 2 to 6 times as long as the formula in bf16, at all sizes of Twins.
     """
     if fused and not (q.is_cpu and q.dtype == torch.bfloat16):
-        most = MOST_WINDOWS.get(q.device.type)
+        most = most_windows(q)
         if most and q.shape[0] > most:
             parts = [slice(i, i + most) for i in range(0, q.shape[0], most)]
             return torch.cat([attention(q[part], k[part], v[part], dropout, fused, None if mask is None else mask[part])

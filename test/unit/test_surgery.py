@@ -405,12 +405,12 @@ def test_another_pooling_is_refused_when_the_head_is_reset():
 @pytest.mark.parametrize("mask_padding", [False, True])
 def test_windows_beyond_what_a_kernel_takes_are_split(monkeypatch, mask_padding):
     """1,024 images of 224 pixels are 65,536 windows; CUDA takes 65,535."""
-    assert gvt.MOST_WINDOWS == {"cuda": 65_535}
+    assert gvt.most_windows(torch.empty(1, device="meta")) == 65_535 and gvt.most_windows(torch.empty(1)) is None
     model = randomise(timm.create_model("alt_gvt_small", mask_padding=mask_padding, **ONE)).double().train()
     split = copy.deepcopy(model)
     x, calls, original = images(3, 64, 64, torch.float64), [], F.scaled_dot_product_attention
     whole = train_step(model, x, False)
-    monkeypatch.setitem(gvt.MOST_WINDOWS, "cpu", 5)
+    monkeypatch.setattr(gvt, "most_windows", lambda x: 5)
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **k: calls.append(len(q)) or original(q, *a, **k))
     assert largest_error(train_step(split, x, False), whole) <= 1e-12
     assert calls == [5, 5, 5, 5, 5, 2] + [5, 5, 2] + [3] + [3]
