@@ -27,15 +27,22 @@ CONVENTION = '[Error] para "{}" must be confing'
 
 # Two epochs of what main.py prints and writes; keys of log.txt that end in "fps" or "loss" must not be taken for ours.
 STAND_IN = '''
-import argparse, json, os, pathlib, sys, time
+import argparse, json, os, pathlib, signal, sys, time
 parser = argparse.ArgumentParser()
 parser.add_argument("--output_dir", type=pathlib.Path)
 parser.add_argument("--status", type=int, default=0)
 parser.add_argument("--sleep", type=float, default=0)
+parser.add_argument("--saves", action="store_true")
 parser.add_argument("--no-json", action="store_true")
 parser.add_argument("--no-eval", action="store_true")
 args, _ = parser.parse_known_args()
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def stop(*_):
+    time.sleep(1)  # what a save takes; whoever was told as well has ended
+    print("Stopped in epoch 1 after 1 of 2 iterations: checkpoint.pth goes on there, with --resume auto", flush=True)
+    os._exit(75)
+if args.saves:
+    signal.signal(signal.SIGTERM, stop)
 if rank == 0:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "call.json").write_text(json.dumps({"argv": sys.argv[1:], "env": dict(os.environ), "world": world}))
@@ -110,7 +117,7 @@ def run(python_path, quick_launcher, tmp_path):
     """Runs a script in a clean environment, with a quick launcher instead of torchrun unless **TORCHRUN says otherwise."""
     (tmp_path / "home").mkdir(exist_ok=True)
 
-    def run(script, *options, cwd=None, check=None, popen=False, path=python_path, **variables):
+    def run(script, *options, cwd=None, check=None, popen=False, path=python_path, session=False, **variables):
         dropped = ("MASTER_", "ASCEND", "CUDA_", "OMP_", "HCCL", "TORCH", "PYTHON", "TASK_QUEUE", "PIP_", "CI", "etp_")
         env = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
         env |= {"HOME": str(tmp_path / "home"), "PATH": f"{path}{os.pathsep}{env['PATH']}"}
@@ -120,7 +127,8 @@ def run(python_path, quick_launcher, tmp_path):
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True,
                  "errors": "backslashreplace"}
         if popen:  # where the tests run in the background SIGINT is ignored, and a shell cannot change that again
-            return subprocess.Popen(command, cwd=cwd, env=env, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes)
+            return subprocess.Popen(command, cwd=cwd, env=env, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                                    start_new_session=session, **pipes)
         done = subprocess.run(command, check=False, cwd=cwd, env=env, timeout=300, **pipes)
         if check is not None:
             assert done.returncode == check, done.stdout + done.stderr
@@ -440,6 +448,18 @@ def test_signal_stops_training_and_leaves_the_logs(repo, run, tmp_path, number, 
     assert results(repo / "test/output/0/Twins-GVT-Small_bs128_2p_perf.log")["ActualFPS"].strip() == ""
     left = subprocess.run(["pgrep", "-f", f"{repo}/main.py"], check=False, capture_output=True, text=True).stdout
     assert left == ""
+
+
+def test_a_signal_to_the_whole_group_leaves_the_log_until_the_run_is_saved(repo, run, tmp_path):
+    """As `timeout` and schedulers send it: the program that writes the log gets it, too."""
+    words = f"--data_path={tmp_path / 'da ta'}", "--sleep=100", "--saves"
+    process = run(repo / "test" / PERF_1P, *words, popen=True, session=True, **TORCHRUN)
+    wait_for(lambda: "fps:301" in text(repo / "test/output/0/train_0.log"), process)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, out + err
+    assert "was stopped by a signal and saved" in err and "Stopped in epoch 1" in out
+    assert "Stopped in epoch 1 after 1 of 2 iterations" in text(repo / "test/output/0/train_0.log")
 
 
 def test_a_run_that_was_stopped_and_saved_says_how_to_go_on(repo, run, tmp_path):

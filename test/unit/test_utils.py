@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 
@@ -230,3 +231,14 @@ def test_a_log_that_cannot_be_rewritten_stays_and_nothing_is_left_beside_it(tmp_
             patch.setattr(os, name, fail)
             keep_epochs_before(log, 1)
         assert os.listdir(tmp_path) == ["log.txt"] and log.read_bytes() == before
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_line_is_one_write_also_without_buffers(stream):
+    """Several ranks write into one log: what they write at once stays together. A datagram is what one write wrote."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    program = f"import sys, utils; utils.open_output(); print('one', 2, file=sys.{stream}, flush=True); print('three', file=sys.{stream})"
+    subprocess.run([sys.executable, "-u", "-c", program], cwd=ROOT, check=True, **{stream: there})
+    there.close()
+    assert [here.recv(100), here.recv(100)] == [b"one 2\n", b"three\n"]
+    here.close()
