@@ -187,7 +187,9 @@ npu_env_works() {
         || { NPU_REASON="$setup_root/.venv-npu is not usable: $LACKS"; return 1; }
     TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$NPU_PYTHON" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' &>/dev/null \
         || { NPU_REASON="$setup_root/.venv-npu needs a CPU-only build of torch 2.13.0: a CUDA build aborts next to torch_npu"; return 1; }
-    TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$NPU_PYTHON" -c 'import torchvision' &>/dev/null \
+    # as in the simulator, which keeps a torchvision importable whose operators ask for CUDA, as PyPI's do
+    TORCH_DEVICE_BACKEND_AUTOLOAD=0 PYTHONPATH=$setup_root/test/npu_sim/sitecustomize${PYTHONPATH:+:$PYTHONPATH} \
+        "$NPU_PYTHON" -c 'import torchvision' &>/dev/null \
         || { NPU_REASON="$setup_root/.venv-npu has a torchvision that does not load beside its torch: remove that folder, and run this again"; return 1; }
     NPU_REASON=''
 }

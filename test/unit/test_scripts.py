@@ -719,14 +719,21 @@ def test_npu_environment_says_why_not(repo, run, tmp_path, python_path):
 @pytest.mark.parametrize(("cuda", "vision", "said"), [
     ("'13.0'", "", "needs a CPU-only build of torch 2.13.0: a CUDA build aborts next to torch_npu"),
     (None, "raise RuntimeError('operator torchvision::nms does not exist')",
-     "has a torchvision that does not load beside its torch: remove that folder, and run this again"), (None, "", None)])  # fmt: skip
+     "has a torchvision that does not load beside its torch: remove that folder, and run this again"), (None, "", None),
+    (None, "from torchvision import extension\nimport torch\nassert torch.defined", None)])  # fmt: skip
 def test_npu_environment_refuses_what_does_not_load(repo, run, tmp_path, cuda, vision, said):
     packages = tmp_path / "packages"
     for name, version in (("torch", "2.13.0+cpu"), ("torch_npu", "2.13.0"), ("torchvision", "0.28.0+cpu")):
         (packages / f"{name}-{version}.dist-info").mkdir(parents=True)
         (packages / f"{name}-{version}.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    (packages / "torch.py").write_text(f"class version: cuda = {cuda}\n")
-    (packages / "torchvision.py").write_text(vision)
+    (packages / "torch.py").write_text(
+        f"class version: cuda = {cuda}\n\n\ndefined = []\n\n\nclass library:\n    class Library:\n"
+        "        def __init__(self, name, kind): pass\n        def define(self, schema): defined.append(schema)\n"
+    )
+    (packages / "torchvision").mkdir()
+    (packages / "torchvision/__init__.py").write_text(vision)
+    (packages / "torchvision/extension.py").write_text("def _has_ops(): return False\n")  # as PyPI's without CUDA
+    shutil.copytree(REPO / "test/npu_sim/sitecustomize", repo / "test/npu_sim/sitecustomize")
     write_program(repo / ".venv-npu/bin/python", f'exec "{sys.executable}" "$@"')
     (repo / "test/requirements.txt").write_text("")
     done = run(repo / "test/setup_env.sh", "--npu", check=int(bool(said)), PYTHONPATH=packages, PIP_NO_INDEX=1)
