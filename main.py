@@ -275,12 +275,8 @@ def all_agree(ranks, action):
 def build_state(args, ranks, net, precision, accum_steps):
     """-> the State of a training before its first epoch, the peak learning rate"""
     optimizer, schedule, peak_lr = optim.build(
-        net, ranks.device, lr=args.lr, global_batch=global_batch(args, ranks, accum_steps), epochs=args.epochs,
-        opt=args.opt, weight_decay=args.weight_decay, momentum=args.momentum, eps=args.opt_eps, betas=args.opt_betas,
-        precision=precision.name, sched=args.sched, sched_lag=args.sched_lag, warmup_lr=args.warmup_lr,
-        warmup_epochs=args.warmup_epochs, min_lr=args.min_lr, cooldown_epochs=args.cooldown_epochs,
-        decay_epochs=args.decay_epochs, decay_rate=args.decay_rate, patience_epochs=args.patience_epochs,
-        lr_noise=args.lr_noise, lr_noise_pct=args.lr_noise_pct, lr_noise_std=args.lr_noise_std, seed=args.seed)
+        net, ranks.device, options.select(args, optim.Settings), options.select(args, optim.Course), lr=args.lr,
+        global_batch=global_batch(args, ranks, accum_steps), epochs=args.epochs, precision=precision.name, seed=args.seed)
     net, optimizer = precision.initialize(net, optimizer)
     average = MovingAverage(net, args.model_ema_decay) if args.model_ema else None
     return State(net, optimizer, schedule, precision, average, args.start_epoch - 1), peak_lr

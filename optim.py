@@ -2,6 +2,7 @@
 import copy
 import inspect
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -76,51 +77,84 @@ def decay_groups(model, weight_decay):
     return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
 
 
-def build(model, device, *, lr, global_batch, epochs, opt="adamw", weight_decay=0.05, momentum=0.9, eps=None, betas=None,
-          precision="fp32", sched="cosine", sched_lag=1, warmup_lr=1e-6, warmup_epochs=5, min_lr=1e-5,
-          cooldown_epochs=10, decay_epochs=30, decay_rate=0.1, patience_epochs=10, lr_noise=None, lr_noise_pct=0.67,
-          lr_noise_std=1.0, seed=0):
+@dataclass(frozen=True)
+class Settings:
+    """Which optimizer, and its constants, as the options name them; what is None is the optimizer's own."""
+    opt: str = "adamw"
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    opt_eps: float | None = None
+    opt_betas: tuple | None = None
+
+
+@dataclass(frozen=True)
+class Course:
+    """How the rate goes over the epochs, as the options name it."""
+    sched: str = "cosine"
+    sched_lag: int = 1
+    warmup_lr: float = 1e-6
+    warmup_epochs: int = 5
+    min_lr: float = 1e-5
+    cooldown_epochs: int = 10
+    decay_epochs: float = 30
+    decay_rate: float = 0.1
+    patience_epochs: int = 10
+    lr_noise: tuple | None = None
+    lr_noise_pct: float = 0.67
+    lr_noise_std: float = 1.0
+
+
+def build(model, device, settings=Settings(), course=Course(), *, lr, global_batch, epochs, precision="fp32", seed=0):
     """-> optimizer, Schedule, peak learning rate. Raises ValueError for an optimizer that is not known or not here.
 
     The rate is scaled before the optimizer is built: the original scaled a number that nothing read any more.
     """
     peak_lr = effective_lr(lr, global_batch)
-    groups = decay_groups(model, weight_decay)
-    opt = opt.lower()
+    optimizer = build_optimizer(model, device, settings, peak_lr, precision)
+    return optimizer, Schedule(optimizer, build_scheduler(optimizer, course, peak_lr, epochs, seed), course.sched_lag), peak_lr
+
+
+def build_optimizer(model, device, settings, lr, precision):
+    groups = decay_groups(model, settings.weight_decay)
+    opt, eps, betas = settings.opt.lower(), settings.opt_eps, settings.opt_betas
     constructor, flavour = optimizer_flavour(device, opt, precision)
     try:
         base = opt.removeprefix("lookahead_")
         if constructor is None and get_optimizer_info(base).second_order:
             raise ValueError("it needs second derivatives, which this training does not compute")
         accepted = inspect.signature(constructor or get_optimizer_class(base, bind_defaults=False)).parameters
-        settings = {name: value for name, value in dict(eps=eps, betas=betas).items() if value is not None}
-        if unknown := [name for name in settings if name not in accepted and name != "eps"]:
+        constants = {name: value for name, value in dict(eps=eps, betas=betas).items() if value is not None}
+        if unknown := [name for name in constants if name not in accepted and name != "eps"]:
             raise ValueError(f"it has no {unknown[0]} (--opt-{unknown[0]})")
-        if "eps" in settings and not ("eps" in accepted and isinstance(accepted["eps"].default, float)):
-            settings.pop("eps")  # some have none, and some a pair of their own
+        if "eps" in constants and not ("eps" in accepted and isinstance(accepted["eps"].default, float)):
+            constants.pop("eps")  # some have none, and some a pair of their own
         if betas is not None and not isinstance(accepted["betas"].default, tuple):
             raise ValueError("it has no betas (--opt-betas)")
         if betas is not None and len(betas) != len(accepted["betas"].default):
             raise ValueError(f"--opt-betas takes {len(accepted['betas'].default)} numbers")
         if constructor is not None:
-            optimizer = constructor(groups, lr=peak_lr, weight_decay=weight_decay, **settings)
-        else:
-            optimizer = create_optimizer_v2(groups, opt, lr=peak_lr, weight_decay=weight_decay, momentum=momentum,
-                                            **settings, **flavour)
+            return constructor(groups, lr=lr, weight_decay=settings.weight_decay, **constants)
+        return create_optimizer_v2(groups, opt, lr=lr, weight_decay=settings.weight_decay, momentum=settings.momentum,
+                                   **constants, **flavour)
     except (AssertionError, ValueError, TypeError, IndexError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"--opt {opt}: {reason}: see timm.optim.list_optimizers()") from error
+
+
+def build_scheduler(optimizer, course, peak_lr, epochs, seed):
+    """timm's; None for sched "none"."""
+    noise = dict(noise_pct=course.lr_noise_pct, noise_std=course.lr_noise_std, noise_seed=seed)
+    warmup_lr = course.warmup_lr
+    if course.sched == "plateau" and not course.warmup_epochs:
+        warmup_lr = peak_lr  # timm's plateau starts there all the same
     scheduler, _ = create_scheduler_v2(
-        optimizer, sched, num_epochs=epochs, decay_epochs=decay_epochs, cooldown_epochs=cooldown_epochs,
-        patience_epochs=patience_epochs, decay_rate=decay_rate, min_lr=min_lr,
-        warmup_lr=peak_lr if sched == "plateau" and not warmup_epochs else warmup_lr,  # timm's plateau starts there all the same
-        warmup_epochs=warmup_epochs, noise=list(lr_noise) if lr_noise else None, noise_pct=lr_noise_pct,
-        noise_std=lr_noise_std, noise_seed=seed)
-    if sched == "tanh":  # upstream's timm 0.3.2 drew it from -6 to 4, today's from -7 to 3: up to 4.9 times that rate
-        scheduler = TanhLRScheduler(
-            optimizer, epochs, lb=-6.0, ub=4.0, lr_min=min_lr, warmup_t=warmup_epochs, warmup_lr_init=warmup_lr,
-            noise_range_t=scheduler.noise_range_t, noise_pct=lr_noise_pct, noise_std=lr_noise_std, noise_seed=seed)
-    return optimizer, Schedule(optimizer, scheduler, sched_lag), peak_lr
+        optimizer, course.sched, num_epochs=epochs, decay_epochs=course.decay_epochs, cooldown_epochs=course.cooldown_epochs,
+        patience_epochs=course.patience_epochs, decay_rate=course.decay_rate, min_lr=course.min_lr, warmup_lr=warmup_lr,
+        warmup_epochs=course.warmup_epochs, noise=list(course.lr_noise) if course.lr_noise else None, **noise)
+    if course.sched == "tanh":  # upstream's timm 0.3.2 drew it from -6 to 4, today's from -7 to 3: up to 4.9 times that rate
+        scheduler = TanhLRScheduler(optimizer, epochs, lb=-6.0, ub=4.0, lr_min=course.min_lr, warmup_t=course.warmup_epochs,
+                                    warmup_lr_init=warmup_lr, noise_range_t=scheduler.noise_range_t, **noise)
+    return scheduler
 
 
 def kind_of(optimizer):

@@ -5,6 +5,7 @@ name. `parse(argv)` gives the checked arguments; nothing changes them afterwards
 """
 import argparse
 import re
+from dataclasses import fields
 
 MODELS = ("pcpvt_small_v0", "pcpvt_base_v0", "pcpvt_large_v0", "alt_gvt_small", "alt_gvt_base", "alt_gvt_large")
 # Parts of the names of timm's optimizers that have a --momentum, and of those that have no --opt-eps
@@ -372,6 +373,11 @@ def notes(args, device_type=None):
     if args.data_set not in ("INAT", "INAT19"):
         idle(["inat_category"], f"{args.data_set} has one level of classes")
     return found
+
+
+def select(args, kind):
+    """A dataclass of `kind`, whose fields are called as options are, of these options."""
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
 
 
 def doubts(args, peak_lr):

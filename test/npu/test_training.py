@@ -175,7 +175,7 @@ def loss_of(net, step, device=NPU):
 
 
 def built(net, opt, device=NPU, precision="fp32"):
-    return optim.build(net, device, lr=1e-2, global_batch=512, epochs=10, opt=opt, weight_decay=0.1, sched="none",
+    return optim.build(net, device, optim.Settings(opt, weight_decay=0.1), optim.Course("none"), lr=1e-2, global_batch=512, epochs=10,
                        precision=precision)[0]
 
 

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,8 +21,10 @@ from sklearn.datasets import load_sample_images
 
 import datasets
 import decode
+import optim
 
 torch.set_num_threads(1)
+CPU = torch.device("cpu")
 ELASTIC = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 
@@ -55,6 +58,15 @@ def digits_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits") / "digits"
     datasets.write_digits(folder)
     return folder
+
+
+def build_optim(model, device=CPU, **settings):
+    """optim.build of flat settings: an optimizer's, a course's, and its own."""
+    own = {name: settings.pop(name) for name in ("lr", "global_batch", "epochs", "precision", "seed") if name in settings}
+    names = {field.name for field in fields(optim.Settings)}
+    settings = {f"opt_{name}" if name in ("eps", "betas") else name: value for name, value in settings.items()}
+    return optim.build(model, device, optim.Settings(**{name: settings.pop(name) for name in names & settings.keys()}),
+                       optim.Course(**settings), **own)
 
 
 def small_transform(is_train=False, **settings):

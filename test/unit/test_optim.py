@@ -6,6 +6,7 @@ import math
 import pytest
 import timm
 import torch
+from conftest import build_optim
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
@@ -37,7 +38,7 @@ def small(seed=0):
 
 def build(model=None, **settings):
     settings = dict(lr=5e-4, global_batch=1024, epochs=300) | settings
-    return optim.build(model or small(), CPU, **settings)
+    return build_optim(model or small(), CPU, **settings)
 
 
 def rates(optimizer, schedule, epochs, metrics=None):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import build_optim
 from torch import nn
 
 import optim
@@ -15,7 +16,7 @@ PEAK, FLOOR, FIRST = 1e-3, 1e-5, 1e-6
 
 def build(**settings):
     settings = dict(lr=5e-4, global_batch=1024, epochs=30) | settings
-    return optim.build(nn.Linear(4, 3), torch.device("cpu"), **settings)
+    return build_optim(nn.Linear(4, 3), **settings)
 
 
 def run(optimizer, schedule, epochs, first=0):

@@ -20,6 +20,7 @@ import timm
 import timm.optim
 import torch
 import torch.hub
+from conftest import build_optim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -41,7 +42,7 @@ def small(seed=0):
 
 
 def build(model, opt="adamw", **settings):
-    return optim.build(model, CPU, **{**dict(lr=1e-2, global_batch=512, epochs=10, opt=opt, eps=1e-8), **settings})[0]
+    return build_optim(model, CPU, **{**dict(lr=1e-2, global_batch=512, epochs=10, opt=opt, eps=1e-8), **settings})[0]
 
 
 def train(model, optimizer, steps, seed, amp="off"):
@@ -521,7 +522,7 @@ def places(value, at=()):
 @pytest.fixture(scope="module")
 def training():
     model = small()
-    optimizer, schedule, _ = optim.build(model, CPU, lr=1e-2, global_batch=512, epochs=10, sched="plateau")
+    optimizer, schedule, _ = build_optim(model, CPU, lr=1e-2, global_batch=512, epochs=10, sched="plateau")
     train(model, optimizer, 1, seed=1)
     return State(model, optimizer, schedule, make_precision(CPU, "fp16"), MovingAverage(model, 0.9), epoch=1).state_dict()
 
@@ -537,7 +538,7 @@ def test_a_state_with_anything_anywhere_is_taken_or_one_line(training, data):
         inner = inner[key]
     inner[where[-1]] = data.draw(ANYTHING)
     model = small()
-    optimizer, schedule, _ = optim.build(model, CPU, lr=1e-2, global_batch=512, epochs=10, sched="plateau")
+    optimizer, schedule, _ = build_optim(model, CPU, lr=1e-2, global_batch=512, epochs=10, sched="plateau")
     state = State(model, optimizer, schedule, make_precision(CPU, "fp16"), MovingAverage(model, 0.9))
     try:
         state.load_state_dict(saved)
