@@ -1,17 +1,8 @@
-"""What are the images and labels? Folders, CIFAR, iNaturalist, digits; tar shards are shards.py's.
-
-    python datasets.py digits DIR             # scikit-learn's digits (1,797 scans, 10 classes) as class folders
-    python datasets.py shards FOLDER DIR      # class folders as webdataset tar shards in DIR, a new or empty folder
-    python datasets.py index DIR              # find the images of shards once, instead of at every start
-"""
-import contextlib
+"""What are the images and labels? Folders, CIFAR, iNaturalist, digits; tar shards are shards.py's, `python tools data` writes both."""
 import errno
 import itertools
 import os
-import signal
-import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +16,7 @@ import shards
 from decode import EXTENSIONS, READ_ERRORS, DataError, load_rgb, open_file, reason
 from folders import ClassFolders, is_
 from transforms import build_transform  # noqa: F401  upstream's place for it
-from utils import open_output, shown
+from utils import shown
 
 
 def build_dataset(is_train, data_path, data_set="IMNET", transform=None, inat_category="name"):
@@ -209,68 +200,3 @@ def write_digits(folder):
                     raise ValueError(f"{shown(folder)} is not empty and holds no digits: choose another --data-path") from error
     except OSError as error:
         raise ValueError(f"the digits cannot be written to {shown(folder)} ({reason(error)}): choose another --data-path") from error
-
-
-def write_shards(source, target, maxcount=5000):
-    """Class folders, train/ and val/ or the one there is, as tar shards of at most maxcount images. -> lines that tell of it
-
-    Whole or not there: written beside `target` and renamed; a process killed by force leaves a hidden folder beside it. Raises
-    ValueError where something else stands in its place.
-    """
-    source, target = Path(source), Path(os.path.realpath(target))
-    splits = [split for split in ("train", "val") if os.path.isdir(source / split)]
-    if not splits:
-        raise ValueError(f"{source} has neither train/ nor val/ with class folders")
-    with shards.writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.stat(target)  # a name that is too long ends here, not when all is written
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            raise ValueError(f"{target} is not empty: choose a new folder for the shards")
-    said = []
-    with shards.writing(target), tempfile.TemporaryDirectory(prefix=f".{target.name[:40]}.", dir=target.parent) as made:
-        for split in splits:
-            images, classes = build_dataset(split == "train", source)
-            if isinstance(images, shards.ShardedImages):
-                raise ValueError(f"{source / split} holds shards already: python datasets.py index {source} makes their index")
-            converted = shards.write(Path(made, "shards", split), list(zip(images.names, images.targets.tolist())), classes, maxcount)
-            said.append(f"{split}: {len(images)} images of {len(classes)} classes" + "".join(
-                f", {count} of them {kind} files, now PNG" for kind, count in converted.items()))
-            said += images.notes[1:]  # what was left out
-        try:
-            os.rename(Path(made, "shards"), target)
-        except OSError as error:
-            if error.errno not in STANDS_THERE:
-                raise
-            raise ValueError(f"{target} was filled meanwhile ({reason(error)}): choose a new folder for the shards") from error
-    return said
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is half-written goes away
-    open_output()
-    command, *paths = sys.argv[1:] or ["help"]
-    paths = [Path(path) for path in paths]
-    try:
-        if command == "digits" and len(paths) == 1:
-            if not os.path.isdir(paths[0] / "train"):
-                write_digits(paths[0])
-            print(Counter(path.parts[-3] for path in sorted(paths[0].glob("*/*/*.png"))))
-        elif command == "shards" and len(paths) == 2:
-            print(*write_shards(*paths), sep="\n")
-        elif command == "index" and len(paths) == 1:
-            splits = [paths[0] / split for split in ("train", "val") if os.path.isdir(paths[0] / split)]
-            if not splits:
-                raise ValueError(f"{paths[0]} has neither train/ nor val/ with tar shards")
-            for split in splits:
-                with shards.writing(split / "index.json"):
-                    index = shards.write_index(split)
-                tars = f"{len(index.counts)} shard{'s' if len(index.counts) > 1 else ''}"
-                print(f"{split.name}: {len(index.records)} images of {len(index.classes)} classes in {tars}",
-                      *shards.left_out(index), *(f"{old} was another's, and is now {new}" for old, new in index.aside), sep="; ")
-        else:
-            sys.exit(__doc__ or "digits DIR, shards FOLDER DIR or index DIR")  # python -OO has none
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {shown(error)}")

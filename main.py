@@ -24,6 +24,9 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+if (own := os.path.dirname(os.path.realpath(__file__))) not in map(os.path.realpath, sys.path):  # python -P, PYTHONSAFEPATH
+    sys.path.insert(0, own)
+
 import options
 import watchdog
 from options import get_args_parser  # noqa: F401  upstream's place for it

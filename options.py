@@ -316,7 +316,7 @@ def notes(args, device_type=None):
         found.extend(f"--{name.replace('_', '-')} has no effect: {why}" for name in names if name in given)
 
     idle(["use_mcloader"], "the original's in-house loader is gone; put webdataset tar shards into DATA/train and "
-                           "DATA/val, they are found by themselves (python datasets.py shards makes them)")
+                           "DATA/val, they are found by themselves (python tools data shards makes them)")
     idle(["resplit"], "Twins trains without augmentation splits")
     idle(["world_size", "dist_url"], "torchrun says who takes part (torchrun --nproc_per_node=8 main.py ...)")
     if not any(word in args.opt.lower() for word in MOMENTUM):

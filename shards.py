@@ -350,7 +350,7 @@ def read_json(folder):
 
 
 def remedy(folder):
-    return f"python datasets.py index {shown(shlex.quote(str(folder.parent)))}"
+    return f"python tools data index {shown(shlex.quote(str(folder.parent)))}"
 
 
 def read_index(folder, shards):
@@ -521,7 +521,7 @@ class ShardedImages(Dataset):
         self.notes += [f"{shown(folder.name)}/ {text}" for text in left_out(index)]
         if self.run == 1:
             self.notes.append(f"{shown(folder)}: its shards were written class by class, so images are read one by one, at random; "
-                              "shards in mixed order (python datasets.py shards) are read in runs")
+                              "shards in mixed order (python tools data shards) are read in runs")
         self.opened = None
 
     def __getstate__(self):

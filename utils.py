@@ -31,7 +31,7 @@ class MetricLogger:
         self.quiet, self.clock = quiet, clock
         self.bar = None
         if not quiet and sys.stdout.isatty() and shutil.get_terminal_size((0, 0)).columns:
-            from tqdm import tqdm  # here: doctor.py speaks where nothing is installed
+            from tqdm import tqdm  # here: the doctor speaks where nothing is installed
             self.bar = tqdm(total=total, desc=header, unit="it", dynamic_ncols=True, file=sys.stdout)
         self.sums, self.counts = {}, {}
 

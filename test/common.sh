@@ -162,7 +162,6 @@ prepare_device() {
     local cores
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
-    unset PYTHONSAFEPATH # with it main.py would not find what lies beside it
     export PYTHONUNBUFFERED=1 # the log is a pipe: lines come when they are printed
 }
 

@@ -14,8 +14,8 @@ parse_options "$@"
 setup_env
 if [[ ! $data_path ]]; then
     data_path=$test_dir/output/digits
-    [[ -d $data_path ]] || "$PYTHON" "$repo/datasets.py" digits "$data_path"
+    [[ -d $data_path ]] || "$PYTHON" "$repo/tools" data digits "$data_path"
 fi
 train
-"$PYTHON" "$repo/report.py" "$output_dir" --data-path "$data_path" --device "$device" >/dev/null
+"$PYTHON" "$repo/tools" report "$output_dir" --data-path "$data_path" --device "$device" >/dev/null
 say "Loss and accuracy by epoch: $output_dir/curves.png" "Validation images with true and predicted class: $output_dir/predictions.png"

@@ -36,7 +36,7 @@ make_env "$env" "$base" -q "torch==$torch" "torchvision${torchvision:+==$torchvi
 
 # The scripts find the environment's python first, and leave their logs in the copy.
 mkdir -- "$work/repo"
-(cd -- "$setup_root" && cp -r -- *.py *.toml *.md requirements.txt test "$work/repo/" && rm -rf -- "$work/repo/test/output")
+(cd -- "$setup_root" && cp -r -- *.py *.toml *.md requirements.txt tools test "$work/repo/" && rm -rf -- "$work/repo/test/output")
 cd -- "$work/repo"
 export PATH=$env/bin:$PATH TORCH_DEVICE_BACKEND_AUTOLOAD=0
 failed=()
@@ -53,20 +53,20 @@ last() { [[ ! -e $work/$1.log ]] || sed -n "s/^$2.*/\1/p" "$work/$1.log" | tail 
 small=(--device=cpu --input-size=32 --workers=1 --batch_size=16)
 plain=(--model alt_gvt_small --data-path digits --device cpu --input-size 32 --batch-size 16 --num_workers 1 --lr 4e-3
     --warmup-epochs 0 --sched-lag 0 --aa none --hflip 0 --mixup 0 --cutmix 0 --reprob 0 --max_step 20 --print-freq 5)
-try digits python datasets.py digits digits
+try digits python tools data digits digits
 mkdir few few/train few/val
 for split in train val; do cp -r digits/$split/[0-4] few/$split/; done
-try doctor python doctor.py --device cpu --data-path digits --num_workers 1 --batch-size 8
+try doctor python tools doctor --device cpu --data-path digits --num_workers 1 --batch-size 8
 try performance bash test/train_performance_1p.sh --data_path=digits "${small[@]}" --max_step=8
 try four_processes bash test/train_full_8p.sh --nproc=4 --data_path=digits "${small[@]}" --epochs=1 --max_step=4 --output_dir=ckpt4
 try train python main.py "${plain[@]}" --epochs 1 --output_dir run
 try resume python main.py "${plain[@]}" --epochs 2 --resume auto --output_dir run
 try evaluate python main.py --eval --resume run/checkpoint.pth "${plain[@]:0:12}"
 try finetune bash test/train_finetune_1p.sh --data_path=few --finetune_pth=run/checkpoint.pth "${small[@]}" --epochs=1 --max_step=8
-try shards python datasets.py shards digits shards
+try shards python tools data shards digits shards
 try train_shards python main.py "${plain[@]}" --data-path shards --epochs 1 --output_dir shards_run
-try report python report.py run --data-path digits --device cpu
-try bench python bench.py --batch-size 2 --input-size 64 --steps 2
+try report python tools report run --data-path digits --device cpu
+try bench python tools bench --batch-size 2 --input-size 64 --steps 2
 if [[ $units ]]; then try units python -m pytest -q test/unit; fi
 
 python - "$(last train '.*\[19\/20\].*loss: [0-9.]* (\([0-9.]*\))')" "$(last evaluate '\* Acc@1 \([0-9.]*\)')" \

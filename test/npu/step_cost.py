@@ -16,12 +16,12 @@ import npu_sim
 import timm
 import torch
 
-import bench
 import devices
 import engine
 import gvt  # noqa: F401  registers the models
 import optim
 from precision import Precision
+from tools import bench
 
 
 class Window:

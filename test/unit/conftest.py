@@ -1,5 +1,6 @@
 """What the unit tests share: small data sets of real images, and main.py as a user starts it."""
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -87,6 +88,31 @@ def run(command, cwd, env, timeout):
     clean = {key: value for key, value in os.environ.items() if key not in ELASTIC}
     return subprocess.run([str(word) for word in command], cwd=cwd or ROOT, timeout=timeout, capture_output=True, text=True,
                           env={**clean, "OMP_NUM_THREADS": "1", **(env or {})})
+
+
+@pytest.fixture
+def tool(capsys):
+    """tool(name, *words) -> status, output, errors of `python tools NAME WORDS`, in this process"""
+    def start(*words):
+        from tools.__main__ import run
+        before = signal.getsignal(signal.SIGTERM)
+        capsys.readouterr()
+        try:
+            status = run([str(word) for word in words])
+        except SystemExit as ended:  # argparse's
+            status = ended.code
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return status, *capsys.readouterr()
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_tool():
+    """run_tool(name, *words, cwd=None, env=None) -> CompletedProcess of `python tools NAME WORDS`"""
+    def start(*words, cwd=None, env=None, timeout=300):
+        return run([sys.executable, ROOT / "tools", *words], cwd, env, timeout)
+    return start
 
 
 @pytest.fixture(scope="session")

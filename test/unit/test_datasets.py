@@ -4,10 +4,7 @@ import json
 import os
 import pickle
 import random
-import runpy
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -545,35 +542,23 @@ def test_a_small_validation_set_needs_no_full_batch(tiny_folder):
 
 # ---- the command line ----
 
-@pytest.fixture
-def command(monkeypatch):
-    """python datasets.py WORDS, in this process."""
-    def start(*words):
-        monkeypatch.setattr(sys, "argv", ["datasets.py", *map(str, words)])
-        runpy.run_path(datasets.__file__, run_name="__main__")
-    return start
-
-
-def test_command_digits(tmp_path, command, capsys):
+def test_command_digits(tmp_path, tool, run_tool):
     """As a user starts it; a second time it only counts."""
-    done = subprocess.run([sys.executable, datasets.__file__, "digits", tmp_path / "digits"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    command("digits", tmp_path / "digits")
-    for text in (done.stdout, capsys.readouterr().out):
-        assert "'train': 1438" in text and "'val': 359" in text
+    done = run_tool("data", "digits", "digits", cwd=tmp_path)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "train: 1438 images\nval: 359 images\n")
+    assert tool("data", "digits", tmp_path / "digits") == (0, done.stdout, "")
 
 
 @pytest.mark.parametrize("words", [(), ("help",), ("digits",), ("shards", "one"), ("dance", "here")])
-def test_command_shows_what_there_is(command, words):
-    with pytest.raises(SystemExit) as caught:
-        command(*words)
-    assert "python datasets.py digits DIR" in caught.value.code
+def test_command_shows_what_there_is(tool, words):
+    status, out, said = tool("data", *words)
+    assert (status, out) == (2, "") and said.startswith("usage: python tools data")
+    status, out, said = tool("data", "--help")
+    assert (status, said) == (0, "") and "python tools data digits DIR" in out
 
 
 @pytest.mark.parametrize("words", [("shards", "nowhere", "target"), ("index", "nowhere")])
-def test_command_with_a_wrong_path(command, words, tmp_path, monkeypatch):
+def test_command_with_a_wrong_path(tool, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        command(*words)
-    assert caught.value.code.startswith("error: ")
-    assert "nowhere" in caught.value.code
+    status, out, said = tool("data", *words)
+    assert (status, out) == (2, "") and said.startswith("error: nowhere has neither train/ nor val/ with ") and said.count("\n") == 1

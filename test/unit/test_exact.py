@@ -13,8 +13,8 @@ from conftest import ELASTIC, ROOT
 
 import main
 import pauses
-from datasets import write_shards
 from state import MovingAverage, State
+from tools.data import write_shards
 
 # The whole recipe is random: augmentation, mixing, drop path, dropout
 RECIPE = ["--device=cpu", "--model=test_convnext", "--input-size=32", "--batch-size=4", "--epochs=2", "--drop=0.1", "--lr=0.05",

@@ -18,6 +18,7 @@ import main
 import networks
 from labels import Weights, decide
 from options import DEFAULTS
+from tools.data import write_shards
 
 MODEL = "test_convnext"
 
@@ -464,7 +465,7 @@ def test_names_in_both_forms_of_unicode_are_one_class(twelve, evaluated, tmp_pat
 
 def test_shards_carry_names_and_say_numbers(twelve, evaluated, tmp_path):
     data, state, logits, targets = twelve
-    datasets.write_shards(data, tmp_path / "shards")
+    write_shards(data, tmp_path / "shards")
     notes, found = evaluated(tmp_path / "shards", {"model": state, "classes": NUMBERS})
     assert found == accuracy(logits, targets) and "in another order" in notes[0]
     for split in ("train", "val"):

@@ -13,8 +13,8 @@ from conftest import ELASTIC, ROOT
 from torch.utils.data import DataLoader, Dataset
 
 import devices
-import doctor
 import loaders
+from tools import doctor
 
 
 def test_a_long_window_of_the_log_holds_no_files_open(tiny_folder, tmp_path):

@@ -37,8 +37,8 @@ import engine
 import gvt  # noqa: F401  registers the models
 import main
 import utils
-from datasets import write_shards
 from samplers import ShuffleSampler
+from tools.data import write_shards
 
 TWINS, SMALL = "--model=alt_gvt_small", "--model=test_convnext"
 # No randomness after the weights are drawn, and the rate asked for from the first epoch on.

@@ -11,6 +11,7 @@ import datasets
 import manifest
 import shards
 from folders import PathList
+from tools.data import write_shards
 
 
 def images(folder):
@@ -68,7 +69,7 @@ def test_of_many_files_the_sizes_of_some_are_asked_for(tmp_path, monkeypatch):
 
 
 def test_shards_are_known_by_their_files(tiny_folder, tmp_path):
-    datasets.write_shards(tiny_folder, tmp_path / "shards", maxcount=10)
+    write_shards(tiny_folder, tmp_path / "shards", maxcount=10)
     dataset = images(tmp_path / "shards")
     found = manifest.fingerprint(dataset, tmp_path / "shards")
     assert found["images"] == 24 and found["bytes"] == sum(os.path.getsize(path) for path in shards.find(tmp_path / "shards" / "train"))

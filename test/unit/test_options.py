@@ -330,7 +330,7 @@ def test_an_option_without_effect_says_so_once(words):
 
 def test_the_gone_loader_says_what_to_use():
     note, = options.notes(options.parse([*DATA, "--use-mcloader"]))
-    assert "webdataset" in note and "datasets.py shards" in note
+    assert "webdataset" in note and "tools data shards" in note
 
 
 @pytest.mark.parametrize("words", [

@@ -195,7 +195,7 @@ def test_two_files_are_compared_by_the_command(tmp_path):
     both, only_a, only_b, neither = 60, 15, 4, 21
     a = write(tmp_path / "a.csv", [1] * both + [1] * only_a + [0] * only_b + [0] * neither)
     b = write(tmp_path / "b.csv", [1] * both + [0] * only_a + [1] * only_b + [0] * neither)
-    done = run([sys.executable, ROOT / "report.py", "compare", a, b], tmp_path, None, 120)
+    done = run([sys.executable, ROOT / "tools", "report", "compare", a, b], tmp_path, None, 120)
     assert (done.returncode, done.stderr) == (0, "")
     first, second, third = done.stdout.splitlines()
     for path, line, right in ((a, first, 75), (b, second, 64)):

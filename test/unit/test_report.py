@@ -3,7 +3,6 @@ import json
 import math
 import os
 import random
-import runpy
 import shutil
 import subprocess
 import sys
@@ -13,14 +12,15 @@ import matplotlib.pyplot as plt
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import checkpoint
 import datasets
 import main
-import report
 import utils
-from datasets import write_shards
+from tools import report
+from tools.data import write_shards
 
 MODEL = "test_convnext"
 
@@ -63,17 +63,12 @@ def shown(monkeypatch):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """python report.py WORDS in this process. -> what it printed, or its one line of error"""
+def command(tool):
+    """python tools report WORDS. -> what it printed, or its one line of error"""
     def start(*words):
-        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, words)])
-        try:
-            runpy.run_path(report.__file__, run_name="__main__")
-        except SystemExit as stop:
-            said = capsys.readouterr().err.removesuffix("\n")
-            assert stop.code == 2 and len(said.splitlines()) == 1
-            return said
-        return capsys.readouterr().out
+        status, out, said = tool("report", *words)
+        assert (status, len(said.splitlines())) in ((0, 0), (2, 1))
+        return said.removesuffix("\n") if status else out
     return start
 
 
@@ -375,7 +370,7 @@ def test_names_that_the_log_cannot_encode_are_escaped(copy, tmp_path):
     """A terminal of another encoding, a note with a name of it."""
     (copy / "log.txt").write_bytes((copy / "log.txt").read_bytes() + b"7\n")
     moved = shutil.move(copy, tmp_path / "\u732b")
-    done = subprocess.run([sys.executable, report.__file__, moved, "--device=cpu"], capture_output=True,
+    done = subprocess.run([sys.executable, ROOT / "tools", "report", moved, "--device=cpu"], capture_output=True,
                           env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and b"\\u732b/log.txt: 1 of 3 lines" in done.stdout and done.stdout.endswith(b"predictions.png\n")
 

@@ -138,7 +138,7 @@ def test_a_working_directory_with_modules_of_pythons_names(repo, run, tmp_path):
     data = f"--data_path={tmp_path / 'da ta'}"
     (repo / "main.py").write_text((repo / "main.py").read_text() + "import beside\n")
     (repo / "beside.py").touch()
-    for variables in ({}, TORCHRUN, TORCHRUN | {"PYTHONSAFEPATH": "1"}):
+    for variables in ({}, TORCHRUN):
         done = run(repo / "test" / PERF_1P, data, cwd=tmp_path / "mine", **variables)
         assert (done.returncode, "taken" in done.stdout + done.stderr) == (0, False), done.stdout + done.stderr
 

@@ -10,7 +10,6 @@ import os
 import pickle
 import random
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -26,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from conftest import read_all, small_transform
+from conftest import ROOT, read_all, small_transform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -38,8 +37,8 @@ import engine
 import loaders
 import samplers
 import shards
-from datasets import write_shards
 from shards import ShardedImages, run_length
+from tools.data import write_shards
 
 CLASSES = ["flower", "leaves", "temple"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:This DataLoader will create:UserWarning")
@@ -96,16 +95,14 @@ def one_shard(tiny_folder, tmp_path_factory):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """python datasets.py WORDS, in this process. -> what it printed; SystemExit where it fails"""
+def command(tool):
+    """python tools data WORDS. -> what it printed; ValueError with its one line where it refuses"""
     def start(*words):
-        monkeypatch.setattr(sys, "argv", ["datasets.py", *map(str, words)])
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            runpy.run_path(datasets.__file__, run_name="__main__")
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        return capsys.readouterr().out
+        status, out, said = tool("data", *words)
+        assert (status, len(said.splitlines())) in ((0, 0), (2, 1))
+        if status:
+            raise ValueError(said.removesuffix("\n"))
+        return out
     return start
 
 
@@ -173,7 +170,7 @@ def test_what_webdataset_writes_is_read(tmp_path):
     found = ShardedImages(shards.find(tmp_path), plain)
     assert [(which(image), label) for image, label, _ in found] == [(10 * part + i, i) for part in range(2) for i in range(5)]
     assert (found.classes, found.named) == (list("01234"), False)
-    assert "no index" in found.notes[1] and f"python datasets.py index {tmp_path.parent}" in found.notes[1]
+    assert "no index" in found.notes[1] and f"python tools data index {tmp_path.parent}" in found.notes[1]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -379,7 +376,7 @@ EXPECTED = [(i, i % 3) for i in range(12)]
 def test_shards_without_an_index_are_read_and_it_is_said_once(numbered, command, run_main):
     assert content_of(numbered) == EXPECTED
     count = "train/: 12 images in 3 classes, from 4 (0) to 4 (0) a class"
-    remedy = f"python datasets.py index {numbered.parent} does it once"
+    remedy = f"python tools data index {numbered.parent} does it once"
     assert ShardedImages(shards.find(numbered)).notes == [
         count, f"{numbered} has no index: every shard (2) was read from header to header; {remedy}"]
     assert "train: 12 images of 3 classes in 2 shards\n" in command("index", numbered.parent)
@@ -439,7 +436,7 @@ def test_a_large_file_of_boxes_beside_a_class(tmp_path):
 def test_an_index_of_wrong_types_is_one_line_and_counting_mends_it(numbered, text, command):
     (numbered / "index.json").write_text(text, encoding="latin-1")
     line = refusal(numbered)
-    assert line.startswith(f"cannot read {numbered}/index.json (") and line.endswith(f"): python datasets.py index {numbered.parent}")
+    assert line.startswith(f"cannot read {numbered}/index.json (") and line.endswith(f"): python tools data index {numbered.parent}")
     command("index", numbered.parent)
     assert content_of(numbered) == EXPECTED
     assert (numbered / "index.json.old").read_text(encoding="latin-1") == text
@@ -454,7 +451,7 @@ def test_index_npy_that_is_not_the_one(numbered, how):
         path.unlink()
     else:
         path.write_bytes({"cut off": data[:-8], "another's": data[:-1] + b"\1", "empty": b"", "pickle": b"\x80\x04."}[how])
-    assert re.match(rf"cannot read {path} \(.+\): python datasets.py index ", refusal(numbered))
+    assert re.match(rf"cannot read {path} \(.+\): python tools data index ", refusal(numbered))
 
 
 @pytest.mark.parametrize("field, value", [("image", -512), ("image", 1 << 40), ("label_bytes", 1 << 62), ("image_bytes", 0), ("target", 3),
@@ -478,7 +475,7 @@ def test_an_index_of_other_shards_never_gives_a_wrong_label(numbered):
         write_tar(numbered / "0.tar", members)
         return refusal(numbered)
     line = again([(name, b"2" if name == "0003.cls" else content) for name, content in pairs(6)])
-    assert line.endswith(f"0.tar (0003.png and 0003.cls are not what its index says): python datasets.py index {numbered.parent}")
+    assert line.endswith(f"0.tar (0003.png and 0003.cls are not what its index says): python tools data index {numbered.parent}")
     assert "are not what its index says" in again([part for i in reversed(range(0, 12, 2)) for part in pairs(6)[i:i + 2]])
     mixed = pairs(6)
     mixed[1], mixed[3] = mixed[3], mixed[1]
@@ -495,7 +492,7 @@ def test_an_index_that_does_not_fit_its_folder(numbered, change):
         write_tar(numbered / "2.tar", pairs(3, 20))
     else:
         (numbered / "1.tar").unlink()
-    assert re.fullmatch(rf"{numbered}/index.json does not fit the shards beside it \([12]\.tar\): python datasets.py index "
+    assert re.fullmatch(rf"{numbered}/index.json does not fit the shards beside it \([12]\.tar\): python tools data index "
                         rf"{numbered.parent}", refusal(numbered))
 
 
@@ -707,9 +704,9 @@ def test_a_tar_that_breaks_off(numbered, cut, words, command):
     shard.write_bytes(shard.read_bytes()[:cut(starts, starts[-1] + 1024)])
     line = f"cannot read the shard {shard} ({words}): write it again"
     assert refusal(numbered) == line
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(ValueError) as caught:
         command("index", numbered.parent)
-    assert caught.value.code == f"error: {line}" and not (numbered / "index.json").exists()
+    assert str(caught.value) == f"error: {line}" and not (numbered / "index.json").exists()
 
 
 def test_only_zeros_follow_the_end(numbered):
@@ -861,9 +858,9 @@ def test_one_split_is_enough(tiny_folder, tmp_path, command):
     assert command("index", tmp_path / "tars") == "train: 24 images of 3 classes in 1 shard\n"
     (tmp_path / "empty").mkdir()
     for words in (("shards", tmp_path / "empty", tmp_path / "new"), ("index", tmp_path / "empty")):
-        with pytest.raises(SystemExit) as caught:
+        with pytest.raises(ValueError) as caught:
             command(*words)
-        assert caught.value.code.startswith(f"error: {tmp_path}/empty has neither train/ nor val/")
+        assert str(caught.value).startswith(f"error: {tmp_path}/empty has neither train/ nor val/")
 
 
 def everything(folder):
@@ -879,16 +876,16 @@ def test_a_used_folder_is_refused(tiny_folder, tmp_path, what, command):
     else:
         write_tar(tmp_path / "tars" / "val" / "000009.tar", pairs(3))
     before = everything(tmp_path)
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(ValueError) as caught:
         command("shards", tiny_folder, tmp_path / "tars")
-    assert caught.value.code == f"error: {tmp_path}/tars is not empty: choose a new folder for the shards"
+    assert str(caught.value) == f"error: {tmp_path}/tars is not empty: choose a new folder for the shards"
     assert everything(tmp_path) == before
 
 
 def test_shards_of_shards_are_refused(shards_root, tmp_path, command):
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(ValueError) as caught:
         command("shards", shards_root, tmp_path / "tars")
-    assert "holds shards already: python datasets.py index " in caught.value.code and os.listdir(tmp_path) == []
+    assert "holds shards already: python tools data index " in str(caught.value) and os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
@@ -896,8 +893,8 @@ def test_killed_shards_never_pass_for_whole(tiny_folder, tmp_path, how):
     """A pause in the middle stands for any moment: the second split's third image is a FIFO's other end."""
     program = f"""
 import os, signal, sys, runpy
-sys.argv = ["datasets.py", "shards", {str(tiny_folder)!r}, {str(tmp_path / "tars")!r}]
-sys.path.insert(0, {str(Path(datasets.__file__).parent)!r})
+sys.argv = ["tools", "data", "shards", {str(tiny_folder)!r}, {str(tmp_path / "tars")!r}]
+sys.path.insert(0, {str(ROOT)!r})
 import shards
 stored, count = shards.stored, iter(range(99))
 def killed(path):
@@ -905,7 +902,7 @@ def killed(path):
         os.kill(os.getpid(), {int(how)})
     return stored(path)
 shards.stored = killed
-runpy.run_path({datasets.__file__!r}, run_name="__main__")
+runpy.run_path({str(ROOT / "tools")!r}, run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == (143 if how == signal.SIGTERM else -9) and not (tmp_path / "tars").exists()
@@ -937,10 +934,10 @@ def test_a_disk_that_says_no_is_one_line_and_leaves_nothing(tiny_folder, tmp_pat
     def fail(*_, **__):
         raise OSError(number, os.strerror(number))
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(ValueError) as caught:
         command("shards", tiny_folder, tmp_path / "tars")
     monkeypatch.undo()
-    assert caught.value.code == f"error: cannot write {tmp_path}/tars ({os.strerror(number)}): {DISK[number]}"
+    assert str(caught.value) == f"error: cannot write {tmp_path}/tars ({os.strerror(number)}): {DISK[number]}"
     assert os.listdir(tmp_path) == []
 
 
@@ -954,10 +951,10 @@ def test_an_index_that_cannot_be_written_leaves_the_old_one(numbered, monkeypatc
     def fail(*_, **__):
         raise OSError(number, os.strerror(number))
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(ValueError) as caught:
         command("index", numbered.parent)
     monkeypatch.undo()
-    assert caught.value.code == f"error: cannot write {numbered}/index.json ({os.strerror(number)}): {DISK[number]}"
+    assert str(caught.value) == f"error: cannot write {numbered}/index.json ({os.strerror(number)}): {DISK[number]}"
     (numbered / "2.tar").unlink()
     assert everything(numbered) == before and content_of(numbered) == EXPECTED
 
@@ -975,10 +972,11 @@ def test_another_tools_index_stays_where_ours_cannot_be_written(numbered, monkey
 
 def test_shards_larger_than_a_file_may_be(tiny_folder, tmp_path):
     """A limit of the system's, in a process of its own: the disk's own no."""
-    script = f"ulimit -f 8; exec {shlex.quote(sys.executable)} {shlex.quote(datasets.__file__)} shards {shlex.quote(str(tiny_folder))} tars"
+    command = shlex.join(map(str, [sys.executable, ROOT / "tools", "data", "shards", tiny_folder, "tars"]))
+    script = f"ulimit -f 8; exec {command}"
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.stderr == f"error: cannot write {tmp_path}/tars (File too large): make the folder writable, or choose another\n"
-    assert done.returncode == 1 and os.listdir(tmp_path) == []
+    assert done.returncode == 2 and os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("name, said", [("n" * 250, None), ("n" * 256, "File name too long"), ("中" * 80, None)])
@@ -990,9 +988,9 @@ def test_long_names_of_the_new_folder(tiny_folder, tmp_path, command, monkeypatc
         return
     monkeypatch.setattr(shards, "write", None)
     for words in (("shards", tiny_folder, tmp_path / name), ("digits", tmp_path / name)):
-        with pytest.raises(SystemExit) as caught:
+        with pytest.raises(ValueError) as caught:
             command(*words)
-        assert said in caught.value.code and "\n" not in caught.value.code and "choose a" in caught.value.code
+        assert said in str(caught.value) and "\n" not in str(caught.value) and "choose a" in str(caught.value)
     assert os.listdir(tmp_path) == []
 
 
@@ -1015,9 +1013,9 @@ def test_an_unreadable_image_is_not_written(tmp_path, command):
     folder = tmp_path / "data" / "train" / "a"
     folder.mkdir(parents=True)
     (folder / "0.png").write_bytes(b"no image")
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(ValueError) as caught:
         command("shards", tmp_path / "data", tmp_path / "tars")
-    assert caught.value.code.startswith(f"error: cannot read the image {folder}/0.png (") and os.listdir(tmp_path) == ["data"]
+    assert str(caught.value).startswith(f"error: cannot read the image {folder}/0.png (") and os.listdir(tmp_path) == ["data"]
 
 
 def test_shards_can_be_read_by_those_who_may_read_the_folder(tiny_folder, tmp_path):
@@ -1033,9 +1031,9 @@ def test_shards_can_be_read_by_those_who_may_read_the_folder(tiny_folder, tmp_pa
 @pytest.mark.parametrize("words", [("shards", "nowhere", "target"), ("index", "nowhere")])
 def test_command_with_a_wrong_path(command, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(ValueError) as caught:
         command(*words)
-    assert caught.value.code.startswith("error: nowhere has neither train/ nor val/")
+    assert str(caught.value).startswith("error: nowhere has neither train/ nor val/")
 
 
 def test_a_bit_of_a_header_through_the_command_line(shards_root, tmp_path, run_main):

@@ -23,7 +23,8 @@ import main
 import options
 import samplers
 import unreadable
-from datasets import build_dataset, write_shards
+from datasets import build_dataset
+from tools.data import write_shards
 
 BAD = ("train/leaves/03.png", "train/temple/00.jpg", "val/leaves/09.png")
 CPU = torch.device("cpu")

@@ -1,13 +1,12 @@
 """How fast is a training step? alt_gvt_small as main.py trains it, beside timm's twins_svt_small in a plain loop.
 
-    python bench.py [--device cpu] [--batch-size 8] [--input-size 224] [--amp auto] [--steps 10]
+    python tools bench [--device cpu] [--batch-size 8] [--input-size 224] [--amp auto] [--steps 10]
 
 Ours: Precision, clipping and optim's optimizer. timm's: autocast, torch's clip_grad_norm_ and AdamW with its defaults.
 The two take turns on the same images, so that the ratio holds where the machine's speed drifts. The first steps do not count.
 """
 import argparse
 import statistics
-import sys
 import time
 
 import devices  # before torch: it decides what torch may load
@@ -59,15 +58,15 @@ def seconds(step, device):
     return time.perf_counter() - start
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv):
+    parser = argparse.ArgumentParser("python tools bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--input-size", type=int, default=224)
     parser.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"))
     parser.add_argument("--drop-path", type=float, default=0.3)
     parser.add_argument("--steps", type=int, default=10, help="pairs of steps that count")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     if min(given.batch_size, given.steps) < 1 or given.input_size < 32 or not 0 <= given.drop_path < 1:
         parser.error("--batch-size and --steps are at least 1, --input-size at least 32, and --drop-path is at least 0 and less than 1")
     device = devices.init_distributed_mode(given.device).device
@@ -82,12 +81,3 @@ def main():
     print(f"{devices.describe(device)}, {precision.name}, batch {given.batch_size}, {given.input_size} pixels, torch {torch.__version__}, "
           f"timm {timm.__version__}, n = {given.steps}")
     print(f"ours {given.batch_size / a:.1f} images/s, timm's {given.batch_size / b:.1f} images/s, ratio {ratio:.2f}")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except devices.NeedsRestart:
-        devices.restart_without_npu()
-    except ValueError as error:
-        sys.exit(f"error: {error}")

@@ -1,13 +1,12 @@
 """What did a run do? Pictures of it: loss and accuracy by epoch, and validation images with what the model says.
 
-    python report.py output/run [--data-path FOLDER] [--device cpu]
-    python report.py compare A.csv B.csv      # two files of --predictions: is one better than the other?
+    python tools report output/run [--data-path FOLDER] [--device cpu]
+    python tools report compare A.csv B.csv      # two files of --predictions: is one better than the other?
 
 Reads log.txt, and for the images checkpoint_best.pth (or checkpoint.pth) with the options it was trained with. Writes
 curves.png and predictions.png into the run's folder. Exit status: 0 done, 2 something is wrong with what was asked for.
 """
 import argparse
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 
 import checkpoint
 import labels
-import main
+import main as training
 import predictions
 import utils
 from options import DEFAULTS
@@ -185,36 +184,28 @@ def report(folder, data_path=None, device="auto", count=40, say=print):
     args.data_path = data_path or args.data_path
     args.class_map = args.class_map if Path(args.class_map).is_file() else ""  # the checkpoint has the names as well
     ranks = devices.Ranks(devices.choose(device))
-    _, loader, classes = main.build_data(args, ranks, main.preprocessing_of(args, content, best))
-    numbering = main.number_classes(args, [loader.dataset], classes, content, best)
+    _, loader, classes = training.build_data(args, ranks, training.preprocessing_of(args, content, best))
+    numbering = training.number_classes(args, [loader.dataset], classes, content, best)
     for note in numbering.notes:
         say(f"note: {note}")
-    net = main.build_model(args, len(numbering.names))
+    net = training.build_model(args, len(numbering.names))
     checkpoint.load_weights(net, checkpoint.model_state(content, best), best)
     shown = predict(net.to(ranks.device).eval(), loader.dataset, ranks.device, count)
     draw_predictions(shown, numbering.names, folder / "predictions.png", *normalisation(loader.dataset.transform), say=say)
     return [folder / "curves.png", folder / "predictions.png"]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv):
+    if argv[:1] == ["compare"] and not "".join(argv[1:2]).startswith("-"):
+        if len(argv) != 3:
+            raise ValueError(f"compare takes two files of --predictions, not {len(argv) - 1}")
+        print(*predictions.compare(*argv[1:]), sep="\n")
+        return
+    parser = argparse.ArgumentParser("python tools report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="--output_dir of a run")
     parser.add_argument("--data-path", "--data_path", help="the data set, where it has moved")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--images", type=int, default=40, help=f"how many images to show, 1 to {MOST}")
-    files = sys.argv[2:] if sys.argv[1:2] == ["compare"] and not "".join(sys.argv[2:3]).startswith("-") else []
-    given = None if files else parser.parse_args()
-    utils.open_output()
-    try:
-        if files:
-            if len(files) != 2:
-                raise ValueError(f"compare takes two files of --predictions, not {len(files)}")
-            print(*predictions.compare(*files), sep="\n")
-            sys.exit(0)
-        for picture in report(given.folder, given.data_path, given.device, given.images):
-            print(picture)
-    except devices.NeedsRestart:
-        devices.restart_without_npu()
-    except ValueError as error:
-        print(f"error: {utils.shown(error)}", file=sys.stderr)
-        sys.exit(2)
+    given = parser.parse_args(argv)
+    for picture in report(given.folder, given.data_path, given.device, given.images):
+        print(picture)

@@ -1,9 +1,9 @@
 """Will a training work here, and if not, what is to be done? Versions, devices, the machine and the data set.
 
-    python doctor.py                                      # this machine, and the device that --device auto takes
-    python doctor.py --device npu
-    python doctor.py --data-path /data/imagenet           # the data set too: 200 images of each split are decoded
-    python doctor.py --data-path /data/imagenet --full    # every image
+    python tools doctor                                      # this machine, and the device that --device auto takes
+    python tools doctor --device npu
+    python tools doctor --data-path /data/imagenet           # the data set too: 200 images of each split are decoded
+    python tools doctor --data-path /data/imagenet --full    # every image
 
 One line a check, `ok    name: value` or `warn  name: what - remedy` or `fail  name: what - remedy`; errors of the training's own
 code stand as it says them. Exit status 0 without a fail, else 1; 2 for a wrong command line. Importing torch can end a process
@@ -25,6 +25,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -73,7 +74,7 @@ def check_versions():
         yield fail("packaging", "not installed", "pip install -r requirements.txt")
         return
     torch = installed("torch")  # remedies keep it: what needs torch would bring another
-    for line in Path(__file__).with_name("requirements.txt").read_text().splitlines():
+    for line in Path(versions.__file__).with_name("requirements.txt").read_text().splitlines():
         if not (line := line.partition("#")[0].strip()):
             continue
         wanted = Requirement(line)
@@ -348,10 +349,13 @@ def loader_rate(args, seconds=3):
 
 # ---- all of it ----
 
-def child(name, *extra, limit=None):
-    """Run the checks of `name` in a process of their own, for `limit` seconds at most. Yields its lines, then what it died of."""
+def child(argv, name, limit=None):
+    """Run the checks of `name` in a process of their own, for `limit` seconds at most. Yields its lines, then what it died of.
+
+    argv: the doctor's own words.
+    """
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    command, late = [sys.executable, __file__, *sys.argv[1:], *extra, "--child", name], False
+    command, late = [sys.executable, str(Path(__file__).parent), "doctor", *argv, "--child", name], False
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=env,
                                start_new_session=True)
     try:
@@ -388,20 +392,20 @@ def child(name, *extra, limit=None):
 def check_all(args):
     yield from check_versions()
     yield from check_torch_npu(args)
-    device = list(child("device", limit=600))
+    device = list(child(args.argv, "device", limit=600))
     yield from device
     counts = (int(n) for _, name, text in device if name.endswith(" devices") for n in re.findall(r"(\d+) x ", text))
     yield from check_machine(args, cards=sum(counts) or 1)
     if args.data_path:
-        data = list(child("data", "--device", "cpu", limit=None if args.full else 1200))
+        data = list(child([*args.argv, "--device", "cpu"], "data", limit=None if args.full else 1200))
         yield from data
         rates = {name: float(text.split()[0]) for _, name, text in device + data if name.endswith(" speed")}
         if len(rates) == 2 and rates["loader speed"] < rates["device speed"]:
             yield warn("speed", "the device waits for images", "more --num_workers or cores, smaller files, or tar shards on a slow disk")
 
 
-def run(argv=None):
-    parser = argparse.ArgumentParser("doctor.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+def main(argv):
+    parser = argparse.ArgumentParser("python tools doctor", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--data-path", "--data_path", default="", help="the data set to look at")
     parser.add_argument("--data-set", "--data_set", default="IMNET", choices=options.DATA_SETS, help="its kind, as main.py's")
     parser.add_argument("--class-map", "--class_map", default="", help="which output is which class, as main.py's")
@@ -414,6 +418,7 @@ def run(argv=None):
     parser.add_argument("--output_dir", "--output-dir", default="test/output", help="where its checkpoints go")
     parser.add_argument("--child", choices=("device", "data"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    args.argv = argv
     try:
         args.training = options.get_args_parser().parse_args([  # the one to come, as main.py takes it
             f"--data-path={args.data_path or '.'}", f"--data-set={args.data_set}", f"--class-map={args.class_map}",
@@ -423,16 +428,14 @@ def run(argv=None):
             raise ValueError(f"--images is {args.images}, and must be at least 1")
     except ValueError as error:
         parser.error(str(error))
-    utils.open_output()
     checks, failed = {"device": check_device, "data": check_data, None: check_all}[args.child], False
     try:
         for level, name, text in checks(args):
             print(f"{level:<6}{name}: {text}", flush=True)
             failed |= level == "fail"
-    except KeyboardInterrupt:
-        return 130
+    except Exception:
+        if not args.child:
+            raise
+        traceback.print_exc()  # for the process that looks after this one, whatever it is
+        return 1
     return int(failed and not args.child)
-
-
-if __name__ == "__main__":
-    sys.exit(run())
