@@ -1,5 +1,6 @@
 """python tools: which tools there are, from any folder and however Python was started, and how they end."""
 import os
+import re
 import subprocess
 import sys
 
@@ -109,3 +110,9 @@ def test_how_a_tool_ends(tmp_path, code, status, line):
     assert done.returncode == status, done.stderr
     assert (done.stderr.splitlines() or [None])[-1] == line or code.startswith("from options")
     assert ("Traceback" in done.stderr) == ("TypeError" in code or code.startswith("from options"))
+
+
+def test_no_test_file_is_missing_from_the_table_of_what_proves_what():
+    listed = re.findall(r"^\| `(\S+)` \| \S.* \| \S.* \|$", (ROOT / "test" / "README.md").read_text(), re.M)
+    tests = {str(path.relative_to(ROOT / "test")) for path in ROOT.glob("test/*/test_*.py")}
+    assert len(listed) == len(set(listed)) and tests <= set(listed) and all((ROOT / "test" / name).is_file() for name in listed)
