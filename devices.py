@@ -58,6 +58,22 @@ class Ranks:
         return self.rank == 0
 
 
+def all_agree(ranks, action):
+    """action() on the first rank, which alone has its result. A mistake that only it can meet ends all ranks alike, not the others by a
+    lost connection."""
+    result, problem = None, [""]
+    if ranks.is_main:
+        try:
+            result = action()
+        except ValueError as error:
+            problem = [str(error)]
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(problem, src=0, device=torch.device("cpu"))
+    if problem[0]:
+        raise ValueError(problem[0])
+    return result
+
+
 class DeviceError(RuntimeError):
     """A known failure of a device or of the communication between ranks, with its remedy in one line."""
 

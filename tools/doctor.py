@@ -327,10 +327,10 @@ def loader_rate(args, seconds=3):
     """Images a second of the training loader with the recipe's transforms, after it filled its queue once."""
     import torch
 
+    import assembly
     import devices
     import loaders
-    import main
-    loader, _, _ = main.build_data(args.training, devices.Ranks(torch.device("cpu")))
+    loader, _, _ = assembly.build_data(args.training, devices.Ranks(torch.device("cpu")))
 
     def batches():
         for epoch in itertools.count():

@@ -16,9 +16,9 @@ import devices  # before torch: it decides what torch may load
 import matplotlib
 import torch
 
+import assembly
 import checkpoint
 import labels
-import main as training
 import predictions
 import utils
 from options import DEFAULTS
@@ -184,11 +184,11 @@ def report(folder, data_path=None, device="auto", count=40, say=print):
     args.data_path = data_path or args.data_path
     args.class_map = args.class_map if Path(args.class_map).is_file() else ""  # the checkpoint has the names as well
     ranks = devices.Ranks(devices.choose(device))
-    _, loader, classes = training.build_data(args, ranks, training.preprocessing_of(args, content, best))
-    numbering = training.number_classes(args, [loader.dataset], classes, content, best)
+    _, loader, classes = assembly.build_data(args, ranks, assembly.preprocessing_of(args, content, best))
+    numbering = assembly.number_classes(args, [loader.dataset], classes, content, best)
     for note in numbering.notes:
         say(f"note: {note}")
-    net = training.build_model(args, len(numbering.names))
+    net = assembly.build_model(args, len(numbering.names))
     checkpoint.load_weights(net, checkpoint.model_state(content, best), best)
     shown = predict(net.to(ranks.device).eval(), loader.dataset, ranks.device, count)
     draw_predictions(shown, numbering.names, folder / "predictions.png", *normalisation(loader.dataset.transform), say=say)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
+import assembly
 import datasets
 import labels
 import main
@@ -210,10 +211,10 @@ def test_published_weights_are_evaluated_with_their_own_head(tmp_path):
     """A head for the data's two classes would be a random one."""
     args = argparse.Namespace(**DEFAULTS | {"model": "alt_gvt_small", "pretrained": True, "eval": True})
     dataset = argparse.Namespace(classes=[SYNSETS[7], SYNSETS[3]])
-    found = main.number_classes(args, [dataset], dataset.classes, None, None)
+    found = assembly.number_classes(args, [dataset], dataset.classes, None, None)
     assert found.names == SYNSETS and dataset.numbering == [7, 3]
     args.eval = False
-    assert main.number_classes(args, [dataset], dataset.classes, None, None).fresh
+    assert assembly.number_classes(args, [dataset], dataset.classes, None, None).fresh
 
 
 def test_what_is_not_imagenets():

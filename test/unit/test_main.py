@@ -35,7 +35,10 @@ import checkpoint
 import devices
 import engine
 import gvt  # noqa: F401  registers the models
+import keeper
+import loaders
 import main
+import training
 import utils
 from samplers import ShuffleSampler
 from tools.data import write_shards
@@ -65,7 +68,7 @@ def usual(data):
 @pytest.fixture(scope="session")
 def start(data):
     """start(*words) -> status, out, err of main.run in this process, on `data` unless the words say otherwise"""
-    build_loader, built = main.loaders.build_loader, []
+    build_loader, built = loaders.build_loader, []
 
     def build(*args, **kwargs):
         built.append(build_loader(*args, **kwargs))
@@ -73,7 +76,7 @@ def start(data):
 
     def run(*words):
         out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(main.loaders, "build_loader", build):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(loaders, "build_loader", build):
             try:
                 status = main.run([*usual(data), *(str(word) for word in words)])
             except SystemExit as stop:  # the parser's
@@ -679,7 +682,7 @@ def test_a_run_that_is_resumed_with_a_rate_of_0_moves_nothing(works, small, tmp_
 @pytest.fixture
 def disk(monkeypatch):
     """disk(failing, epoch) lets each write of that file fail while that epoch is saved; a save ends before the training goes on."""
-    whole_save, whole_write, whole_row, broken = main.keeper.Keeper.save, checkpoint.replacing, utils.append_json, []
+    whole_save, whole_write, whole_row, broken = keeper.Keeper.save, checkpoint.replacing, utils.append_json, []
 
     def save(self, *args, **kwargs):
         whole_save(self, *args, **kwargs)
@@ -698,7 +701,7 @@ def disk(monkeypatch):
         full(path, row["epoch"])
         whole_row(path, row)
 
-    monkeypatch.setattr(main.keeper.Keeper, "save", save)
+    monkeypatch.setattr(keeper.Keeper, "save", save)
     monkeypatch.setattr(checkpoint, "write", write)
     monkeypatch.setattr(utils, "append_json", append)
     return lambda *what: broken.append(what)
@@ -1016,7 +1019,7 @@ def test_the_earliest_bad_batch_of_all_ranks_is_the_one_that_is_named(monkeypatc
     dataset = SimpleNamespace(name=lambda name: f"{name}.png")
     for rank, own in enumerate(known):
         told = []
-        error = main.named(engine.NonFiniteLoss(4, *own), 4, dataset, devices.Ranks(torch.device("cpu"), rank, len(known)))
+        error = training.named(engine.NonFiniteLoss(4, *own), 4, dataset, devices.Ranks(torch.device("cpu"), rank, len(known)))
         assert (error.step, error.names) == (step, [f"{name}.png" for name in names]) and len(told) == 1
         assert told[0] == (own[0], "loss", [f"{name}.png" for name in own[1]], None, "")
         assert str(error) == f"the loss is not finite in epoch 4, iteration {step}"

@@ -1,6 +1,7 @@
 """The rates of a run beside upstream's loop, which asks timm 0.3.2 after each epoch; and what the recipe block says of them."""
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ COSINE, BARE = upstream("cosine", 30, 5), [FLOOR + (PEAK - FLOOR) * (1 + math.co
     ([], 30, "none: nothing to train"),
 ])
 def test_the_recipe_says_the_first_the_highest_and_the_last_rate(words, first, line):
-    import main
+    import training
     from devices import Ranks
     from precision import Precision
     from state import State
@@ -132,7 +133,7 @@ def test_the_recipe_says_the_first_the_highest_and_the_last_rate(words, first, l
         sched=args.sched, sched_lag=args.sched_lag, warmup_epochs=args.warmup_epochs, lr=args.lr, epochs=args.epochs)
     ranks = Ranks(torch.device("cpu"))
     run = State(net, optimizer, schedule, Precision(ranks.device), epoch=first - 1)
-    block = main.recipe(args, ranks, run, peak, range(100), Preprocessing(), 1)
+    block = training.recipe(args, ranks, run, SimpleNamespace(train_loader=range(100), preprocessing=Preprocessing(), accum_steps=1), peak)
     told, = (text for text in block.splitlines() if text.startswith("  rates "))
     assert line in told
     assert "warning: " not in block

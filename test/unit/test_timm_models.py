@@ -9,9 +9,9 @@ from test_main import CLASSES, PLAIN, data, evaluations, load, printed_losses, s
 from timm.data import create_transform, resolve_data_config
 from torchvision import datasets as folders
 
+import assembly
 import checkpoint
 import losses
-import main
 import networks
 import options
 import transforms
@@ -25,7 +25,7 @@ SIZES = dict(
 
 
 def build(model, *words, classes=CLASSES, say=lambda *_: None):
-    return main.build_model(options.parse(["--data-path=x", f"--model={model}", "--device=cpu", *words]), classes, say)
+    return assembly.build_model(options.parse(["--data-path=x", f"--model={model}", "--device=cpu", *words]), classes, say)
 
 
 def photograph(width=90, height=70):
@@ -320,7 +320,7 @@ def test_pretrained_weights_are_prepared_as_published(works, data, published, mo
     def fetch(model, *_, **__):
         model.load_state_dict(torch.load(published[0], weights_only=True))
     monkeypatch.setattr("timm.models._builder.load_pretrained", fetch)
-    monkeypatch.setattr(main.labels, "decide", lambda classes, *_, **__: main.labels.Numbering(
+    monkeypatch.setattr(assembly.labels, "decide", lambda classes, *_, **__: assembly.labels.Numbering(
         list(classes), {name: i for i, name in enumerate(classes)}))  # the labels are not the question here
     assert_evaluates(works("--model=test_convnext", "--eval", "--pretrained").out, published[1], data, HALF)
 

@@ -18,8 +18,8 @@ import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
 
+import complaint
 import devices
-import main
 import versions
 
 # As the released wheels state it (Linux x86_64): torchvision: what it requires of torch; torch_npu: the same
@@ -212,7 +212,7 @@ def test_torchvision_of_another_build_is_one_line(run_main, tmp_path, code, text
 def test_a_lost_connection_is_one_line_and_not_the_first(monkeypatch, capsys, sign):
     """Whoever lost the others waits for the one that knows why; alone, or from a file's reader, the words mean something else."""
     waited = []
-    monkeypatch.setattr(main.time, "sleep", waited.append)
+    monkeypatch.setattr(complaint.time, "sleep", waited.append)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":
         monkeypatch.setenv("LOCAL_RANK", rank)
@@ -220,7 +220,7 @@ def test_a_lost_connection_is_one_line_and_not_the_first(monkeypatch, capsys, si
         try:
             raise devices.explain(RuntimeError(sign)) from None  # as init_distributed_mode does
         except RuntimeError as error:
-            assert main.complain(error, training=False) == 1
+            assert complaint.complain(error, training=False) == 1
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("error: the connection to the other ranks was lost") and second.startswith("error (rank 1): the connection")
     assert len(waited) == 2

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from conftest import ELASTIC, ROOT
 from torch.distributed import HashStore
 
+import complaint
 import devices
 import engine
-import main
 import watchdog
 from precision import make_precision
 
@@ -53,8 +53,8 @@ def test_a_rank_outlives_a_shell_that_started_it(monkeypatch):
 def test_a_lost_connection_is_said_last_also_in_training(monkeypatch, capsys, training):
     """The rank that knows why says it first, and torchrun then ends this one."""
     waited = []
-    monkeypatch.setattr(main.time, "sleep", lambda seconds: waited.append((seconds, capsys.readouterr().err)))
-    assert main.complain(devices.LostConnection("lost"), training) == 1
+    monkeypatch.setattr(complaint.time, "sleep", lambda seconds: waited.append((seconds, capsys.readouterr().err)))
+    assert complaint.complain(devices.LostConnection("lost"), training) == 1
     assert waited == [(10, "")] and capsys.readouterr().err == "error: lost\n"
 
 
