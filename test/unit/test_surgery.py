@@ -50,6 +50,30 @@ def train_step(model, x, autocast):
     return out.detach().float()
 
 
+def compare_steps(ours, theirs, x, autocast, bound=1e-5, exact=None):
+    """A step of each gives the same outputs and gradients. With autocast to bfloat16, whose roundings are a machine's own: ours are not
+    much further from float32's than timm's are. exact: of timm's, in float32; with autocast only"""
+    found, wanted = train_step(ours, x, autocast), train_step(theirs, x, autocast)
+    if not autocast:
+        assert largest_error(found, wanted) <= bound
+    else:
+        true = train_step(exact, x, False)
+        assert distance(found, true) <= 2 * distance(wanted, true) + 1e-3
+    wanted, true = dict(theirs.named_parameters()), dict(exact.named_parameters()) if autocast else {}
+    for name, p in ours.named_parameters():
+        if not p.requires_grad:
+            assert p.grad is None, name
+        elif not autocast:
+            assert largest_error(p.grad, wanted[name].grad) <= 1e-4, name
+        else:
+            assert distance(p.grad, true[name].grad) <= 3 * distance(wanted[name].grad, true[name].grad) + 1e-2, name
+
+
+def distance(a, b):
+    """Of all values, relative to their size."""
+    return (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)).item()
+
+
 @pytest.mark.parametrize("size, autocast", [(64, False), (64, True), (224, False)])
 def test_hooks_of_every_layer_fire_once_and_see_what_timms_give(size, autocast):
     """Also backward hooks, also at sizes whose windows are padded."""
@@ -104,31 +128,25 @@ def test_adapters_of_every_layer_learn_what_timms_learn(size, autocast):
     ours, theirs = with_adapters(ours).train(), with_adapters(theirs).train()
     theirs.load_state_dict(randomise(ours).state_dict())
     x = images(1, size, size)
-    assert largest_error(train_step(ours, x, autocast), train_step(theirs, x, autocast)) <= (0.05 if autocast else 1e-5)
-    wanted = dict(theirs.named_parameters())
-    trained = [name for name, p in ours.named_parameters() if p.requires_grad]
-    assert len(trained) == 2 * (4 + 4 * 4 + 1)
-    for name, p in ours.named_parameters():
-        if p.requires_grad:
-            assert largest_error(p.grad, wanted[name].grad) <= (0.2 if autocast else 1e-4), name
-        else:
-            assert p.grad is None, name
+    compare_steps(ours, theirs, x, autocast, exact=copy.deepcopy(theirs))
+    assert sum(p.requires_grad for p in ours.parameters()) == 2 * (4 + 4 * 4 + 1)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_pruned_layers_train_step_after_step(autocast):
     ours, theirs = pair("alt_gvt_small", **ONE)
-    for model in (ours, theirs):
+    exact = copy.deepcopy(theirs)
+    for model in (ours, theirs, exact):
         for layer in model.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 prune.l1_unstructured(layer, "weight", 0.5)
                 prune.l1_unstructured(layer, "bias", 0.5)
-    ours.train(), theirs.train()
-    a, b = (torch.optim.SGD(model.parameters(), 1e-3) for model in (ours, theirs))
+        model.train()
+    optimizers = [torch.optim.SGD(model.parameters(), 1e-3) for model in (ours, theirs, exact)]
     x = images(2, 64, 64)
     for _ in range(3):
-        assert largest_error(train_step(ours, x, autocast), train_step(theirs, x, autocast)) <= (0.1 if autocast else 1e-4)
-        for optimizer in (a, b):
+        compare_steps(ours, theirs, x, autocast, 1e-4, exact)
+        for optimizer in optimizers:
             optimizer.step(), optimizer.zero_grad()
 
 
@@ -140,16 +158,14 @@ class Doubled(nn.Module):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_parametrized_layers_are_asked(autocast):
     ours, theirs = pair("alt_gvt_small", **ONE)
-    for model in (ours, theirs):
+    exact = copy.deepcopy(theirs)
+    for model in (ours, theirs, exact):
         for layer in list(model.modules()):
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 parametrize.register_parametrization(layer, "weight", Doubled())
                 parametrize.register_parametrization(layer, "bias", Doubled())
     x = images(1, 64, 64)
-    assert largest_error(train_step(ours.train(), x, autocast), train_step(theirs.train(), x, autocast)) <= (0.05 if autocast else 1e-5)
-    wanted = dict(theirs.named_parameters())
-    for name, p in ours.named_parameters():
-        assert largest_error(p.grad, wanted[name].grad) <= (0.2 if autocast else 1e-4), name
+    compare_steps(ours.train(), theirs.train(), x, autocast, exact=exact.train())
 
 
 def test_quantized_models_work():
