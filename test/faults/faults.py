@@ -1,4 +1,4 @@
-"""Runs that are killed at random, or meet in one folder: is anything lost, torn or different? See run.sh."""
+"""Runs that are killed at random, meet in one folder, or go on for very long: is anything lost, torn, different, or growing? See run.sh."""
 import contextlib
 import os
 import random
@@ -136,7 +136,35 @@ def meet(count, root):
     return damaged
 
 
+def held(pid):
+    """-> MB that a process has written and shares with nobody, and its open files"""
+    told = dict(line.split()[:2] for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    return int(told["Private_Dirty:"]) / 1024, len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def epochs(count, root):
+    """A run of `count` epochs with two workers. What it holds is read after each, by a process that only looks on."""
+    data, folder, found = write_images(root / "data"), root / "run", []
+    words = [f"--epochs={count}", "--num_workers=2", "--model-ema-decay=0.9", "--ckpt-steps=0"]
+    process = start(folder, data, 1, root / "log", *words)
+    rows = folder / "log.txt"
+    while process.poll() is None:
+        done = len(rows.read_text().splitlines()) if rows.exists() else 0
+        if done > len(found):
+            with contextlib.suppress(OSError):  # a worker has just ended: the next look will do
+                found += [held(process.pid)] * (done - len(found))
+        time.sleep(0.02)
+    assert process.returncode == 0, (root / "log").read_text()[-2000:]
+    memory, files = np.array(found[10:]).T
+    epoch = np.arange(len(memory))
+    slope, errors = np.polyfit(epoch, memory, 1, cov=True)
+    print(f"{count} epochs: after the tenth {memory[0]:.1f} MB, at the end {memory[-1]:.1f} MB: {1000 * slope[0]:+.2f} kB an epoch "
+          f"(standard error {1000 * errors[0, 0] ** 0.5:.2f}); {files[0]:.0f} open files, at the end {files[-1]:.0f}, "
+          f"{np.polyfit(epoch, files, 1)[0]:+.4f} an epoch")
+    return files[-1] > files[0] + 2 or slope[0] * count > 0.05 * memory[0]
+
+
 if __name__ == "__main__":
-    what, number = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else {"kills": 6, "folder": 3}[sys.argv[1]]
+    what, usual = {"kills": (kills, 6), "folder": (meet, 3), "epochs": (epochs, 300)}[sys.argv[1]]
     with tempfile.TemporaryDirectory() as temporary:
-        sys.exit(bool({"kills": kills, "folder": meet}[what](number, Path(temporary))))
+        sys.exit(bool(what(int(sys.argv[2]) if len(sys.argv) > 2 else usual, Path(temporary))))

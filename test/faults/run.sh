@@ -8,6 +8,7 @@
 #   bash test/faults/run.sh folder [N]   two runs in one folder, N times (3): one trains, one ends with one line, nothing is damaged
 #   bash test/faults/run.sh kills [N]    N runs (6) that are killed at random and go on, of three one inside a save and one with two
 #                                        ranks: equal, bit for bit, to one that nobody killed?
+#   bash test/faults/run.sh epochs [N]   one run of N epochs (300) with workers: memory and open files after the tenth, and their slopes
 
 set -euo pipefail
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../setup_env.sh"
@@ -22,7 +23,7 @@ declare -A tests=(
 name=${1:-}
 case $name in
     rank | worker | torchrun | stop) words=(-m pytest -q "test/unit/test_watchdog.py::${tests[$name]}") ;;
-    folder | kills) words=(test/faults/faults.py "$@") ;;
+    folder | kills | epochs) words=(test/faults/faults.py "$@") ;;
     *) sed -n '2,/^[^#]/s/^# \{0,1\}//p' -- "$0"; [[ $name == --help || $name == -h ]] && exit 0; exit 2 ;;
 esac
 setup_env --test
