@@ -43,6 +43,8 @@ class Epochs:
         self.mixup = transforms.FixedShapeMixup(
             args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
             label_smoothing=args.smoothing, num_classes=self.classes) if options.mixes(args) else None
+        if parts.saved and ranks.world_size > 2:  # two numbers have one sum, in any order
+            self.order_buckets()
         self.unread = unreadable.Unreadable(len(self.loader.dataset), args.max_bad_fraction, run.unreadable,
                                             output.record if output else lambda rows: None, say)
 
@@ -52,6 +54,20 @@ class Epochs:
             self.say("note: the first step compiles the model, which takes minutes (on a CPU ten and more); nothing is printed meanwhile")
             net = torch.compile(net)
         return devices.parallel(net, self.ranks.device, is_flat(self.run.optimizer)) if self.ranks.world_size > 1 else net
+
+    def order_buckets(self):
+        """DistributedDataParallel orders its buckets of gradients anew after the first backward pass, and a sum over ranks then has
+        another last bit. A run that goes on had that pass before it was saved: here is one that trains nothing."""
+        net, args = self.run.net, self.args
+        kept = {name: buffer.clone() for name, buffer in net.named_buffers()}
+        images = torch.zeros(args.batch_size, 3, args.input_size, args.input_size, device=self.ranks.device)
+        net.train()
+        with self.run.precision.autocast():
+            outputs = self.model(images)
+        sum(output.float().sum() for output in (outputs if isinstance(outputs, tuple) else [outputs])).backward()
+        net.zero_grad()
+        for name, buffer in net.named_buffers():
+            buffer.copy_(kept[name])
 
     def reseed(self, epoch, step):
         """What is drawn for a part of an update (mixing, drop path, dropout) follows from the seed and its place, not from the past."""
