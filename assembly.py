@@ -183,7 +183,8 @@ def load_weights(args, net, content, path, numbering, say):
     """
     if options.finetune_file(args):
         heads = networks.heads(networks.configuration(args.model))
-        state, _ = checkpoint.adapt_head(net, checkpoint.model_state(content, path), heads, anew=numbering.fresh)
+        state = checkpoint.model_state(content, path, note=lambda text: say(f"note: {text}"))
+        state, _ = checkpoint.adapt_head(net, state, heads, anew=numbering.fresh)
         checkpoint.load_weights(net, state, path)
         say(f"Fine-tuning from {path}" + (", its moving average" if checkpoint.decided(content) == "model_ema" else ""))
         return None, None

@@ -22,6 +22,7 @@ import torch
 import torch.hub
 from safetensors.torch import load_file
 
+import openmmlab
 from utils import replacing
 
 
@@ -257,10 +258,12 @@ def decided(content):
     return "model_ema" if isinstance(better, str) and better == "model_ema" else "model"
 
 
-def model_state(content, path="the checkpoint", ema=None):
+def model_state(content, path="the checkpoint", ema=None, note=lambda text: None):
     """The weights in what `read` returned, without the prefixes that DDP, torch.compile, Lightning and others put before the names.
+    A Twins under another's head, or under OpenMMLab's names, comes under ours.
 
-    ema: True for the moving average, False for the weights that were trained, None for those that `decided`.
+    ema: True for the moving average, False for the weights that were trained, None for those that `decided`. note: is told what
+    of a file has no place in a classifier.
     """
     average = decided(content) == "model_ema" if ema is None else ema
     names = ("model_ema", "state_dict_ema") if average else ("model", "state_dict")
@@ -272,13 +275,16 @@ def model_state(content, path="the checkpoint", ema=None):
     state = state and {name: value for name, value in state.items() if name != "n_averaged"}  # torch's AveragedModel counts there
     if not state or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
         raise ValueError(f"{path} holds no weights: expected a state dict, or one under 'model' or 'state_dict'")
-    if any(name.startswith("patch_embeds.0.projection.") for name in (key.removeprefix("backbone.") for key in state)):
-        raise ValueError(f"{path} is OpenMMLab's Twins (mmpretrain, mmsegmentation, mmdetection), whose layers have other names: take "
-                         "the weights that it was converted from")
     cleaned = state
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in cleaned)), None):
         cleaned = {name.removeprefix(prefix): value for name, value in cleaned.items()}
-    return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in cleaned.items()}
+    cleaned = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in cleaned.items()}
+    if openmmlab.is_backbone(cleaned):
+        cleaned, left_out = openmmlab.to_ours(cleaned)
+        if left_out:
+            parts = sorted({name.partition(".")[0] for name in left_out if not name.startswith("backbone.")} or {"norms of its stages"})
+            note(f"{path}: {len(left_out)} of its weights have no place in a classifier and are left out: {', '.join(parts)}")
+    return cleaned
 
 
 def load_weights(model, state, path="the checkpoint"):
@@ -303,24 +309,24 @@ def load_weights(model, state, path="the checkpoint"):
 
 
 def outputs(state, head="head"):
-    """The number of classes of the head in a file, None where it has no such head."""
+    """The number of classes of the head in a file, 0 where it has no such head."""
     weight = state.get(f"{head}.weight")
-    return len(weight) if weight is not None and weight.dim() else None
+    return len(weight) if weight is not None and weight.dim() else 0
 
 
 def adapt_head(model, state, head="head", anew=False):
     """`state` without a head of another number of classes; the model's own, freshly initialised, takes its place.
 
-    head: its name, or the names of several (of labels and of a teacher): they change together. anew: also where the number fits.
-    -> (state to load, number of classes in the file, or None where the head stays)
+    head: its name, or the names of several (of labels and of a teacher): they change together. anew: also where the number fits,
+    or where the file has none. -> (state to load, number of classes in the file, or None where the head stays)
     """
     own, heads = model.state_dict(), (head,) if isinstance(head, str) else tuple(head)
-    keys = [key for name in heads if (key := f"{name}.weight") in own and key in state]
-    if not keys or not (anew or any(state[key].shape != own[key].shape for key in keys)):
+    keys = [key for name in heads if (key := f"{name}.weight") in own]
+    if not anew and not any(key in state and state[key].shape != own[key].shape for key in keys):
         return state, None
     of_heads = tuple(f"{name}." for name in heads)
     fresh = {k: v for k, v in own.items() if k.startswith(of_heads)}
-    return {**{k: v for k, v in state.items() if not k.startswith(of_heads)}, **fresh}, state[keys[0]].shape[0]
+    return {**{k: v for k, v in state.items() if not k.startswith(of_heads)}, **fresh}, outputs(state, heads[0])
 
 
 def epoch_named(path):

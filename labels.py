@@ -19,7 +19,7 @@ are compared in Unicode's form NFC. Where two meet, `decide` takes the first tha
    (--class-map, numbers in shards), the outputs are the data's classes in their order: said. Where they differ (0, 1, 10, 2),
    or the number of outputs is ImageNet's: an error for an evaluation and for a teacher, whose numbers would be wrong without a
    sign; a note where the head goes on learning.
-6. Anything else has another number of outputs: an error, and in fine-tuning a new head.
+6. Anything else has another number of outputs, or no head: an error, and in fine-tuning a new head.
 """
 import csv
 import json
@@ -43,7 +43,8 @@ def normal(name):
 
 @dataclass
 class Weights:
-    """What weights say of their outputs. names: by output, None: nothing; outputs: how many, None where it is not known."""
+    """What weights say of their outputs. names: by output, None: nothing; outputs: how many, 0 without a head, None where it
+    is not known."""
     source: str
     outputs: int | None = None
     names: list | None = None
@@ -138,6 +139,8 @@ def decide(data, weights=None, class_map=None, use="train", stated=False, named=
         return by_map(data, weights, class_map, use)
     if weights is None:
         return Numbering(data, index, named=named)
+    if weights.outputs == 0:
+        return headless(data, index, weights, use, named)
     names, guessed = weights.names, None
     if names is None and weights.outputs:
         guessed = imagenet(weights.outputs)
@@ -177,6 +180,12 @@ def decide(data, weights=None, class_map=None, use="train", stated=False, named=
                          f"{some(sorted(data, key=natural), 4)}: {REMEDY}")
     return Numbering(data, index, False, [
         f"{unsaid}: taken for the data's classes in their order, {some(data)}; --class-map FILE says otherwise"], named)
+
+
+def headless(data, index, weights, use, named):
+    if use != "finetune":
+        raise ValueError(f"{weights.source} has no head, so it tells no classes: --finetune it first")
+    return Numbering(data, index, True, [f"{weights.source} has no head: a new one starts"], named)
 
 
 def by_name(data, index, names, weights, use):
@@ -254,7 +263,8 @@ def by_map(data, weights, class_map, use):
         if own not in (None, outputs) or (known and [normal(name) for name in known] != [normal(name) for name in names]):
             what = f"{own} classes and --class-map {outputs}" if own != outputs else "other classes than --class-map, or another order"
             found.fresh = True
-            found.notes.append(f"{weights.source}: its head has {what}, so the head starts anew")
+            found.notes.append(f"{weights.source}: its head has {what}, so the head starts anew" if own else headless(
+                data, index, weights, use, True).notes[0])
     rest = outputs - len({*found.index.values()})
     if rest and use == "evaluate":
         found.notes.append(f"the data have {outputs - rest} of {outputs} classes: accuracy is over all {outputs} outputs")

@@ -392,12 +392,6 @@ def test_an_average_of_nothing_holds_no_weights():
         checkpoint.model_state({"n_averaged": torch.tensor(5)})
 
 
-def test_openmmlabs_twins_is_named(tmp_path):
-    state = {"backbone.patch_embeds.0.projection.weight": torch.ones(1), "backbone.stages.0.0.attn.qkv.weight": torch.ones(1)}
-    with pytest.raises(ValueError, match=r"^x\.pth is OpenMMLab's Twins \(mmpretrain, mmsegmentation, mmdetection\)"):
-        checkpoint.model_state({"state_dict": state, "meta": {}}, "x.pth")
-
-
 @pytest.mark.parametrize("content", [random.Random(n).randbytes(5000) for n in range(20)] + [b"PK\x03\x04", b"hello", b"\x80\x02}q\x00."],
                          ids=range(23))
 def test_torchs_advice_to_trust_a_file_is_never_quoted(tmp_path, content):
