@@ -6,7 +6,8 @@
 #     --units                              the unit tests too
 #     --env=FOLDER                         make the environment there and keep it, or use the one that is there
 #
-# Done: doctor, the scripts on one and four processes, resuming, evaluating, fine-tuning to other classes, shards, report, bench.
+# Done: doctor, the scripts on one and four processes, resuming, evaluating, fine-tuning to other classes, shards, report, bench,
+# conformance.
 # The status is 0 if everything worked; the logs of a step that did not are shown.
 
 set -euo pipefail
@@ -36,7 +37,7 @@ make_env "$env" "$base" -q "torch==$torch" "torchvision${torchvision:+==$torchvi
 
 # The scripts find the environment's python first, and leave their logs in the copy.
 mkdir -- "$work/repo"
-(cd -- "$setup_root" && cp -r -- *.py *.toml *.md requirements.txt tools test "$work/repo/" && rm -rf -- "$work/repo/test/output")
+(cd -- "$setup_root" && cp -r -- *.py *.toml *.md requirements.txt published tools test "$work/repo/" && rm -rf -- "$work/repo/test/output")
 cd -- "$work/repo"
 export PATH=$env/bin:$PATH TORCH_DEVICE_BACKEND_AUTOLOAD=0
 failed=()
@@ -67,6 +68,7 @@ try shards python tools data shards digits shards
 try train_shards python main.py "${plain[@]}" --data-path shards --epochs 1 --output_dir shards_run
 try report python tools report run --data-path digits --device cpu
 try bench python tools bench --batch-size 2 --input-size 64 --steps 2
+try conformance python tools conformance
 if [[ $units ]]; then try units python -m pytest -q test/unit; fi
 
 python - "$(last train '.*\[19\/20\].*loss: [0-9.]* (\([0-9.]*\))')" "$(last evaluate '\* Acc@1 \([0-9.]*\)')" \
