@@ -413,7 +413,7 @@ def prepare_folder(folder, resumed=None, auto=False):
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}): choose another folder") from error
     epochs = [path for path in checkpoints(folder) if epoch_named(path) is not None]
-    present = [*(path for name in (LAST, BEST, "log.txt", "data_errors.jsonl") if (path := folder / name).exists()), *epochs]
+    present = [*(path for name in (LAST, BEST, "log.txt", "data_errors.jsonl", "recipe.toml") if (path := folder / name).exists()), *epochs]
     resumed_is = [name for name in (LAST, BEST) if resumed is not None and Path(resumed).resolve() == (folder / name).resolve()]
     here = auto or resumed_is == [LAST] or (resumed_is == [BEST] and stage_of(folder / LAST) <= stage_of(folder / BEST))
     if resumed is not None and not here:  # checkpoint.pth.2 of a run that was moved aside has its best beside it, too

@@ -15,8 +15,8 @@ from utils import shown
 SIZES = 2**14
 
 # What two commands of one training may say differently: where things are, how long this part of it runs, what is written
-FREE = frozenset(("resume", "output_dir", "data_path", "max_step", "start_epoch", "keep", "milestones", "ckpt_steps", "ckpt_minutes",
-                  "print_freq", "num_workers", "pin_mem", "device", "world_size", "dist_url", "allow_change",
+FREE = frozenset(("recipe", "resume", "output_dir", "data_path", "max_step", "start_epoch", "keep", "milestones", "ckpt_steps",
+                  "ckpt_minutes", "print_freq", "num_workers", "pin_mem", "device", "world_size", "dist_url", "allow_change",
                   "max_bad_fraction", "hang_timeout", "predictions"))
 
 

@@ -2,10 +2,17 @@
 
 Every row: spellings, default, type, unit, where it came from, help. A hyphen and an underscore are the same thing in a
 name. `parse(argv)` gives the checked arguments; nothing changes them afterwards.
+
+    python options.py          # the table as Markdown
+    python options.py RECIPE   # what a recipe says, NAME=VALUE
 """
 import argparse
 import re
+import sys
 from dataclasses import fields
+
+import recipes
+import utils
 
 MODELS = ("pcpvt_small_v0", "pcpvt_base_v0", "pcpvt_large_v0", "alt_gvt_small", "alt_gvt_base", "alt_gvt_large")
 # Parts of the names of timm's optimizers that have a --momentum, and of those that have no --opt-eps
@@ -24,6 +31,7 @@ def floats(text):
 OPTIONS = {
     "Run": [
         # name                     default          type   unit / choices       from     what it does
+        ("--recipe",               "",              str,   "name|file",         "ours",  "take options from a recipe, recipes/NAME.toml or a file of yours; what stands on the command line wins"),
         ("--model",                "alt_gvt_small", str,   None,                "deit",  "model: one of ours, or any of timm's"),
         ("--batch-size",           64,              int,   "images a card",     "deit",  "batch of one card and one accumulation step"),
         ("--epochs",               300,             int,   "epochs",            "deit",  "length of the schedule and of the training"),
@@ -144,7 +152,23 @@ LIMITS = dict(
     cooldown_epochs=(0, MANY), patience_epochs=(0, MANY), recount=(1, 1000), seed=(0, 2**32 - 1), lr=(0, 1e30), warmup_lr=(0, 1e30),
     min_lr=(0, 1e30), weight_decay=(0, 1e4), clip_grad=(0, 1e30), opt_eps=(0, 1e6), mixup=(0, 1e6), cutmix=(0, 1e6), color_jitter=(0, 1e6),
     distillation_tau=(1e-6, 1e6), decay_epochs=(1e-6, MANY), decay_rate=(1e-6, 1e3), lr_noise_pct=(0.01, 1), lr_noise_std=(0, 100))
-DEFAULTS = {names.split()[0][2:].replace("-", "_"): default for rows in OPTIONS.values() for names, default, *_ in rows}
+
+
+def option(names):
+    """The name under which the value of a row's spellings stands in the arguments: --max_step is max_step."""
+    return names.split()[0][2:].replace("-", "_")
+
+
+DEFAULTS = {option(names): default for rows in OPTIONS.values() for names, default, *_ in rows}
+GROUPS = {title: [option(names) for names, *_ in rows] for title, rows in OPTIONS.items()}
+# For recipes: the option that a spelling means, and the type and choices of each
+SPELLINGS = {name[2:].replace("-", "_"): option(names) for rows in OPTIONS.values() for names, *_ in rows for name in names.split()}
+KINDS = {option(names): ({SWITCH: bool, floats: tuple}.get(kind, kind), unit if isinstance(unit, tuple) else None)
+         for rows in OPTIONS.values() for names, _, kind, unit, *_ in rows}
+# What changes how a training goes, and not only how it is computed or what it is called; batch and rate are told apart from these
+TRAINING = ["model", "epochs", "max_step", *(
+    name for title in ("Model", "Optimizer and schedule", "Augmentation", "Distillation") for name in GROUPS[title]
+    if name not in ("attn", "grad_checkpointing", "compile", "accum_steps", "lr", "cooldown_epochs", "resplit", "teacher_path"))]
 
 
 class Parser(argparse.ArgumentParser):
@@ -181,13 +205,13 @@ def get_args_parser(add_help=False):
         group = parser.add_argument_group(title)
         for names, default, kind, unit, source, text in rows:
             own, other = spellings(names)
-            dest = own[0][2:].replace("-", "_")
+            dest = option(names)
             choices = unit if isinstance(unit, tuple) else None
             note = f"{text} [{source}; {'' if choices or not unit else unit + '; '}default: {default}]".replace("%", "%%")
             if kind is SWITCH:
                 action = group.add_argument(*own, *other, action="store_true", default=default, help=note)
-                if dest in ("repeated_aug", "pin_mem"):
-                    off = [f"--no-{dest}", f"--no-{dest.replace('_', '-')}", f"--no_{dest}"]
+                if dest not in recipes.OF_A_COMMAND:  # a recipe may have it on
+                    off = dict.fromkeys([f"--no-{dest}", f"--no-{dest.replace('_', '-')}", f"--no_{dest}"])
                     group.add_argument(*off, action="store_false", dest=dest, help=argparse.SUPPRESS)
             elif kind is floats:
                 action = group.add_argument(*own, *other, type=float, nargs="+", default=default, help=note,
@@ -199,11 +223,19 @@ def get_args_parser(add_help=False):
     return parser
 
 
+def read_recipe(word):
+    """-> what a recipe says: {option: value}, and its table [published]. Raises ValueError."""
+    return recipes.read(word, SPELLINGS, KINDS)
+
+
 def parse(argv=None):
     """Parsed and checked arguments. A mistake ends the program with one line and status 2."""
     parser = get_args_parser(add_help=True)
     args = parser.parse_args(argv)
     try:
+        if args.recipe:
+            parser.set_defaults(**read_recipe(args.recipe)[0])
+            args = parser.parse_args(argv)
         for name, value in vars(args).items():
             if value == []:  # argparse takes the word -- out of an option's values, whatever their number
                 raise ValueError(f"--{name.replace('_', '-')} needs a value")
@@ -396,7 +428,22 @@ def doubts(args, peak_lr):
     return found
 
 
-if __name__ == "__main__":  # the table as Markdown, for README
+def print_recipe(word):
+    """For the scripts: NAME=VALUE, a line for each option that a recipe says. -> exit status"""
+    try:
+        found, _ = read_recipe(word)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name, value in found.items():
+        print(f"{name}={utils.shown(value)}")
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        sys.exit(print_recipe(sys.argv[1]))
+    # the table as Markdown, for README
     print("| option | default | unit or choices | from | what it does |\n|---|---|---|---|---|")
     for title, rows in OPTIONS.items():
         print(f"| **{title}** | | | | |")

@@ -16,8 +16,10 @@ import loaders
 import losses
 import manifest
 import networks
+import optim
 import options
 import pauses
+import recipes
 import samplers
 import transforms
 import unreadable
@@ -177,6 +179,7 @@ def open_saves(args, ranks, run, parts, output, pause, watch, say):
     say(f"Checkpoints and log.txt go to {output.folder}" if output else "warning: --output_dir is empty: nothing of this training is saved")
     beside = dict(options=vars(args), classes=parts.classes, named=parts.numbering.named, preprocessing=parts.preprocessing.save(),
                   global_batch=assembly.global_batch(args, ranks, parts.accum_steps), manifest=made)
+    devices.all_agree(ranks, lambda: output and save_recipe(output.folder, args, ranks, parts, made))
     saves = Saves(run, beside, output, pause, watch, args.on_nan == "rollback")
     if output and parts.saved and Path(parts.saved_path).resolve() != (output.folder / checkpoint.LAST).resolve():
         output.save(run.state_dict() | beside)
@@ -205,6 +208,32 @@ def prepare_output(output, args, saved_path, start_epoch):
     except OSError as error:
         raise ValueError(f"{log} cannot be written ({error.strerror}): choose another --output_dir") from error
     return moved
+
+
+def save_recipe(folder, args, ranks, parts, made):
+    """The options as they are used, as a recipe in the folder of the run. made: its manifest."""
+    values = {**vars(args), "accum_steps": parts.accum_steps, "finetune": options.finetune_file(args)}
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    batch = assembly.global_batch(args, ranks, parts.accum_steps)
+    recipes.save(folder, recipes.text(values, options.GROUPS, "\n".join([
+        "The options of a run as they were used: python main.py --recipe THIS_FILE --data-path FOLDER --output_dir FOLDER does it again.",
+        f"Global batch {batch} = {args.batch_size} x {ranks.world_size} ranks x {parts.accum_steps} accumulated.",
+        f"{versions}, commit {made['commit']}."])))
+
+
+def peak_rate(said, batch):
+    """The highest learning rate of a recipe, {option: value}, at a global batch."""
+    return optim.effective_lr(said["lr"], batch)
+
+
+def which_run(args, batch, peak_lr, images, classes):
+    """-> lines: which known run this one is, or in what it differs from the nearest, and warnings where batch or rate are far from all.
+
+    images, classes: of the training set."""
+    known = recipes.known(options.read_recipe, options.DEFAULTS, options.TRAINING, peak_rate)
+    own = recipes.Run({name: getattr(args, name) for name in options.TRAINING}, batch, peak_lr, images, classes,
+                      weights=bool(args.pretrained or options.finetune_file(args)))
+    return [recipes.nearest(own, known), *(f"warning: {doubt}" for doubt in recipes.doubts(own, known))]
 
 
 def recipe(args, ranks, run, parts, peak_lr):
@@ -236,6 +265,7 @@ def recipe(args, ranks, run, parts, peak_lr):
         f"  epochs         {args.epochs}, drop path {networks.drop_path_of(net)}",
         f"  augmentation   {args.aa}, mixup {args.mixup}, cutmix {args.cutmix}, smoothing {args.smoothing}, erasing {args.reprob}",
         *(f"warning: {doubt}" for doubt in options.doubts(args, peak_lr)),
+        *which_run(args, images, peak_lr, len(parts.train_loader.dataset), net.num_classes),
     ])
 
 def train(args, run, train_epoch, test, saves, say):

@@ -19,19 +19,23 @@ script=$(basename -- "$(readlink -f -- "$0")") # the script's own name where it 
 # The defaults of every script; batch_size is that of one card.
 kind=acc model=alt_gvt_small nproc=1 batch_size=128 epochs=1 max_step='' workers=''
 data_path='' finetune_pth='' device=auto device_id='' output_dir='' resume=''
-recipe=() extra=() # options for main.py: the script's, the user's
+recipe='' typed=' ' # the recipe's name or file; which of all these the user has said
+extra=() # the user's options for main.py
 
 print_help() {
+    local size=$batch_size length=$epochs
+    [[ ! $recipe ]] || size="the recipe's" length="the recipe's"
     sed -n -e '2,/^[^#]/s/^# \{0,1\}//p' -- "$0"
     cat <<TEXT
 
   --data_path=FOLDER      the images: train/CLASS/*, val/CLASS/*
   --finetune_pth=FILE     weights to start from (--fine_tune_path is the same)
+  --recipe=NAME|FILE      a recipe: recipes/NAME.toml, or a file of yours (now: ${recipe:-none}). What you type wins over it, it over "now"
   --device=DEVICE         npu, cuda, gpu, cpu, npu:3, cuda:1, or auto: npu, then cuda, then cpu (now: $device)
   --device_id=N           first card, and the name of the log folder (now: 0)
   --nproc=N               number of cards; on CPU, of processes (now: $nproc)
-  --batch_size=N          images a card and step (now: $batch_size)
-  --epochs=N              (now: $epochs)
+  --batch_size=N          images a card and step (now: $size)
+  --epochs=N              (now: $length)
   --max_step=N            end after N steps (now: ${max_step:-no limit})
   --workers=N             loader processes a card (now: as main.py has it)
   --output_dir=FOLDER     checkpoints (now: test/output/DEVICE_ID/ckpt)
@@ -55,7 +59,7 @@ parse_options() {
         esac
         case $name in
             data_path | finetune_pth | fine_tune_path | device | device_id | nproc | batch_size | epochs | max_step \
-                | workers | num_workers | output_dir | model) ;;
+                | workers | num_workers | output_dir | model | recipe) typed+="$name " ;;
             *)
                 extra+=("$word")
                 if [[ $name == resume ]]; then
@@ -95,7 +99,42 @@ parse_options() {
     fi
     if [[ $output_dir ]]; then make_absolute output_dir; fi
     if [[ -L $output_dir ]]; then real_path "$output_dir"; output_dir=$REAL; fi # our own link output/ckpt
+}
 
+# What the user has typed wins over the recipe, and the recipe over what the script has. Sets `settings`, options for main.py, and
+# `precedence`, a line that says it.
+read_recipe() {
+    local option name found='' own='' mine=''
+    settings=() precedence=''
+    if [[ $recipe ]]; then
+        found=$("$PYTHON" "$repo/options.py" "$recipe" 2>&1) || fail "$(LC_ALL=C sed 's/^error: //' <<<"$found" | tail -n 1)" 2
+        settings=(--recipe "$recipe")
+        for name in data_path output_dir device; do
+            ! of_recipe "$name" || fail "the recipe $recipe says $name, which a script takes from its command line: --$name=${name^^}" 2
+        done
+    fi
+    for option in model batch-size epochs max_step; do
+        name=${option//-/_}
+        if [[ $typed == *" $name "* ]]; then
+            mine+=" --$name=${!name}"
+        elif of_recipe "$name"; then
+            printf -v "$name" %s "$(LC_ALL=C sed -n "s/^$name=//p" <<<"$found")"
+            continue
+        elif [[ ${!name} ]]; then
+            own+=" --$name=${!name}"
+        else
+            continue
+        fi
+        settings+=("--$option" "${!name}")
+    done
+    of_recipe drop_path || settings+=(--drop-path 0.3) own+=" --drop-path=0.3"
+    of_recipe dist_eval || settings+=(--dist-eval) own+=" --dist-eval"
+    [[ ! $recipe ]] || precedence="recipe $recipe; what was typed wins over it:${mine:- nothing}; what it leaves to this script:${own:- nothing}"
+}
+
+of_recipe() { [[ $'\n'$found == *$'\n'"$1="* ]]; }
+
+name_case() {
     local size=${model#*_}
     size=${size#gvt_} size=${size%_v0}
     case $model in
@@ -202,6 +241,8 @@ settle_paths() {
     local i word REAL
     settle "$finetune_pth"
     finetune_pth=$REAL
+    settle "$recipe"
+    settings=("${settings[@]/#"$recipe"/"$REAL"}")
     for i in "${!extra[@]}"; do
         word=${extra[i]}
         case $word in
@@ -246,6 +287,8 @@ train() {
     [[ ! ${MASTER_PORT:-} || ($MASTER_PORT =~ ^[1-9][0-9]{0,4}$ && $MASTER_PORT -lt 65536) ]] \
         || fail "MASTER_PORT=$MASTER_PORT is no port: a number from 1 to 65535, or unset it, and a free one is taken"
     [[ ${PYTHON:-} ]] || use_python
+    read_recipe
+    name_case
     choose_cards
     prepare_device
     open_run_dir
@@ -261,9 +304,7 @@ train() {
     else
         command+=(--standalone) # any free port: runs can share a machine
     fi
-    command+=("$repo/main.py" --model "$model" --batch-size "$batch_size" --drop-path 0.3 --dist-eval
-        --epochs "$epochs" --data-path "$data_path" --output_dir "$output_dir" --device "$device" "${recipe[@]}")
-    if [[ $max_step ]]; then command+=(--max_step "$max_step"); fi
+    command+=("$repo/main.py" "${settings[@]}" --data-path "$data_path" --output_dir "$output_dir" --device "$device")
     if [[ $workers ]]; then command+=(--num_workers "$workers"); fi
     if [[ $finetune_pth ]]; then start_finetuning; fi
     command+=("${extra[@]}")
@@ -292,6 +333,7 @@ run_logged() {
     tee=$!
     {
         info "command: $command_line"
+        [[ ! $precedence ]] || info "$precedence"
         printf '[Info]'
         printf ' %q' "$@"
         echo

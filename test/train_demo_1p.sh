@@ -5,10 +5,7 @@
 [ "${BASH_VERSION:-}" ] || exec bash -- "$0" "$@" # called as sh FILE
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/common.sh"
 
-kind=acc nproc=1 epochs=8 batch_size=32
-# Digits are no photographs: mild crops, no flips, no mixing. 1,438 images are few: a rate of 5e-4 at batch 32.
-recipe=(--input-size=64 --lr=8e-3 --warmup-epochs=1 --sched-lag=0 --drop-path=0.1 --crop-scale 0.7 1 --hflip=0 --aa=none
-    --color-jitter=0 --mixup=0 --cutmix=0 --reprob=0 --num_workers=1)
+kind=acc nproc=1 recipe=digits
 parse_options "$@"
 [[ ! $data_path ]] || require_data_path
 setup_env

@@ -37,7 +37,7 @@ make_env "$env" "$base" -q "torch==$torch" "torchvision${torchvision:+==$torchvi
 
 # The scripts find the environment's python first, and leave their logs in the copy.
 mkdir -- "$work/repo"
-(cd -- "$setup_root" && cp -r -- *.py *.toml *.md requirements.txt published tools test "$work/repo/" && rm -rf -- "$work/repo/test/output")
+(cd -- "$setup_root" && cp -r -- *.py *.toml *.md requirements.txt recipes published tools test "$work/repo/" && rm -rf -- "$work/repo/test/output")
 cd -- "$work/repo"
 export PATH=$env/bin:$PATH TORCH_DEVICE_BACKEND_AUTOLOAD=0
 failed=()

@@ -78,6 +78,8 @@ def check_versions():
         if not (line := line.partition("#")[0].strip()):
             continue
         wanted = Requirement(line)
+        if wanted.marker and not wanted.marker.evaluate():
+            continue
         name, version = wanted.name, installed(wanted.name)
         unfit = [part.operator for part in wanted.specifier if version and not part.contains(version, prereleases=True)]
         demanded = torch and version and name == "torchvision" and versions.misfit(importlib.metadata.requires(name), torch)

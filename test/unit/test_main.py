@@ -238,7 +238,7 @@ def test_a_checkpoint_holds_all_that_a_run_needs_to_go_on(trained):
     assert last["best_accuracy"] == rows(trained.folder)[-1]["max_acc1"]
     assert isinstance(last["options"], dict) and last["options"]["lr"] == 0.016 and last["options"]["model"] == "alt_gvt_small"
     assert {float(entry["step"]) for entry in last["optimizer"]["state"].values()} == {9.0}
-    assert sorted(path.name for path in trained.folder.iterdir()) == ["checkpoint.pth", "checkpoint_best.pth", "log.txt"]
+    assert sorted(path.name for path in trained.folder.iterdir()) == ["checkpoint.pth", "checkpoint_best.pth", "log.txt", "recipe.toml"]
 
 
 def test_the_last_accuracy_is_that_of_plain_torch_with_the_saved_weights(trained, data):
@@ -795,7 +795,7 @@ def test_a_disk_that_is_full_for_a_while_costs_one_line_and_ends_no_training(dat
 def test_the_epochs_that_are_kept(works, tmp_path, words, names):
     words = [SMALL, "--epochs=5", "--no-eval", *words, "--output_dir", tmp_path]
     done = works(*words)
-    assert sorted(os.listdir(tmp_path)) == sorted([*names, "checkpoint.pth", "log.txt"]), done.out
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, "checkpoint.pth", "log.txt", "recipe.toml"]), done.out
     for name in names:
         assert load(tmp_path / name)["epoch"] == int(name.split("_")[1][:4])
     last = tmp_path / "checkpoint.pth"

@@ -258,8 +258,8 @@ def test_performance_1p_leaves_the_conventional_files(repo, run, tmp_path):
 
     argv = call(repo)["argv"]
     assert argv == [
-        "--model", "alt_gvt_small", "--batch-size", "128", "--drop-path", "0.3", "--dist-eval", "--epochs", "1",
-        "--data-path", f"{repo}/../da ta", "--output_dir", str(folder / "ckpt"), "--device", "auto", "--max_step", "1000",
+        "--model", "alt_gvt_small", "--batch-size", "128", "--epochs", "1", "--max_step", "1000", "--drop-path", "0.3", "--dist-eval",
+        "--data-path", f"{repo}/../da ta", "--output_dir", str(folder / "ckpt"), "--device", "auto",
     ]  # fmt: skip
     # The paths of the original's readme
     assert (repo / "test/train_0.log").samefile(folder / "train_0.log")
@@ -295,11 +295,54 @@ def test_every_other_word_reaches_main_in_order(repo, run, tmp_path):
         "--device=cpu", "--output-dir=out put", cwd=tmp_path, check=0)  # fmt: skip
     argv = call(repo, checkpoints=tmp_path / "out put")["argv"]
     assert argv[argv.index("--dist-eval") + 1 :] == [
-        "--epochs", "3", "--data-path", str(tmp_path / "da ta"), "--output_dir", str(tmp_path / "out put"),
-        "--device", "cpu", "--max_step", "7", "--num_workers", "0", *words,
+        "--data-path", str(tmp_path / "da ta"), "--output_dir", str(tmp_path / "out put"),
+        "--device", "cpu", "--num_workers", "0", *words,
     ]  # fmt: skip
     assert (repo / "output/ckpt").samefile(tmp_path / "out put")
     assert results(repo / "test/output/0/Twins-GVT-Small_bs128_1p_acc.log")["ActualFPS"] == " 201.50"
+
+
+@pytest.fixture
+def with_recipes(repo):
+    """The stand-in repository with what reads recipes."""
+    for name in ("options.py", "recipes.py", "utils.py"):
+        shutil.copy(REPO / name, repo)
+    shutil.copytree(REPO / "recipes", repo / "recipes")
+    return repo
+
+
+def test_what_is_typed_wins_over_a_recipe_and_it_over_the_script(with_recipes, run, tmp_path):
+    """And the names of what is left behind follow."""
+    repo, own = with_recipes, tmp_path / "my own.toml"
+    own.write_text('model = "pcpvt_base_v0"\nbatch-size = 16\nepochs = 7\ndrop_path = 0.2\n')
+    done = run(repo / "test" / PERF_1P, "--data_path=da ta", "--recipe=my own.toml", "--batch-size=4", cwd=tmp_path, check=0)
+    argv = call(repo)["argv"]
+    assert argv[:argv.index("--data-path")] == ["--recipe", "my own.toml", "--batch-size", "4", "--max_step", "1000", "--dist-eval"]
+    assert (repo / "test/output/0/Twins-PCPVT-Base_bs4_1p_perf.log").is_file()
+    log = (repo / "test/output/0/train_0.log").read_text()
+    assert "[Info] recipe my own.toml; what was typed wins over it: --batch_size=4; what it leaves to this script: --max_step=1000 " \
+        "--dist-eval\n" in log and log in done.stdout
+    run(repo / "test" / FULL_8P, "--data_path=da ta", "--nproc=1", "--recipe", "svt-large-300", cwd=tmp_path, check=0)
+    argv = call(repo)["argv"]
+    assert argv[:argv.index("--data-path")] == ["--recipe", "svt-large-300", "--dist-eval"]
+    assert (repo / "test/output/0/Twins-GVT-Large_bs128_1p_acc.log").is_file()
+
+
+def test_a_recipe_of_the_run_before_is_found_where_it_went(with_recipes, run, tmp_path):
+    repo = with_recipes
+    (repo / "test/output/0/ckpt").mkdir(parents=True)
+    (repo / "test/output/0/ckpt/recipe.toml").write_text("epochs = 7\n")
+    run(repo / "test" / PERF_1P, "--data_path=da ta", f"--recipe={repo}/test/output/0/ckpt/recipe.toml", cwd=tmp_path, check=0)
+    assert call(repo)["argv"][1] == f"{repo}/test/output/0.1/ckpt/recipe.toml"
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("epoch = 7\n", "epoch is no option: did you mean epochs?"), ("output_dir = 'x'\n", "says output_dir, which a script takes")])
+def test_a_wrong_recipe_is_one_line(with_recipes, run, tmp_path, text, words):
+    (tmp_path / "my.toml").write_text(text)
+    done = run(with_recipes / "test" / PERF_1P, "--data_path=da ta", "--recipe=my.toml", cwd=tmp_path, check=2)
+    assert done.stderr.startswith("[Error] ") and words in done.stderr and done.stderr.count("\n") == 1
+    assert not (with_recipes / "test/output").exists()
 
 
 def test_the_model_names_the_network(repo, run, tmp_path):
@@ -805,6 +848,7 @@ def real(tmp_path_factory):
     repo = copy_scripts(root / "repo")
     for path in [*REPO.glob("*.py"), REPO / "requirements.txt"]:
         shutil.copy(path, repo)
+    shutil.copytree(REPO / "recipes", repo / "recipes")
     for classes in (2, 3):
         for split, images in (("train", 10), ("val", 2)):
             for number in range(classes * images):
