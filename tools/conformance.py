@@ -36,9 +36,9 @@ from sklearn.datasets import load_sample_images
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as tv
 
+import assembly
 import checkpoint
 import loaders
-import main as training
 import networks
 import optim
 import options
@@ -116,7 +116,7 @@ def schedule(model, facts, rows):
     batch = round(facts["peak_lr"] / options.DEFAULTS["lr"] * 512)
     args = options.parse(["--data-path=.", f"--batch-size={batch}", f"--warmup-epochs={facts['warmup_epochs']:.0f}"])
     ranks = devices.Ranks(torch.device("cpu"))
-    state, _ = training.build_state(args, ranks, torch.nn.Linear(1, 1), precision.make_precision(ranks.device), 1)
+    state, _ = assembly.build_state(args, ranks, torch.nn.Linear(1, 1), precision.make_precision(ranks.device), 1)
     rates = state.schedule.rates(range(args.epochs))
     differences = {row["epoch"]: abs(rates[row["epoch"]] / row["train_lr"] - 1) for row in rows if row["epoch"] < len(rates)}
     worst = max(differences, key=differences.get)
