@@ -95,6 +95,8 @@ def test_a_tool_is_a_file(tool, monkeypatch, tmp_path):
     ("import sys; sys.exit(7)", 7, None), ("raise KeyboardInterrupt", 130, None), ("return 1", 1, None), ("return None", 0, None),
     ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", 143, None), ("raise TypeError('x')", 1, "TypeError: x"),
     ("import no_such_package", 1, "error: No module named 'no_such_package': pip install -r requirements.txt"),
+    ("import os, devices\n    if os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] == '0':\n        return 5\n    raise devices.NeedsRestart",
+     5, None),
     ("from options import no_such_name", 1, None), ("import devices; raise RuntimeError('CUDA out of memory')", 1,
                                                     "error: the device is out of memory: use a smaller --batch-size (and "
                                                     "--accum-steps), or --grad-checkpointing")])
@@ -106,7 +108,7 @@ def test_how_a_tool_ends(tmp_path, code, status, line):
     for name in ("__init__.py", "__main__.py"):
         (tmp_path / "tools" / name).write_text((ROOT / "tools" / name).read_text())
     (tmp_path / "tools" / "new.py").write_text(f'"""How does it end?"""\n\n\ndef main(argv):\n    {code}\n')
-    done = python("tools", "new", cwd=tmp_path)
+    done = python("tools", "new", cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="1")
     assert done.returncode == status, done.stderr
     assert (done.stderr.splitlines() or [None])[-1] == line or code.startswith("from options")
     assert ("Traceback" in done.stderr) == ("TypeError" in code or code.startswith("from options"))
