@@ -127,7 +127,8 @@ def build_data(args, ranks, preprocessing=transforms.TWINS, accum_steps=1):
                         preprocessing=preprocessing)
     train_transform = transform(
         is_train=True, color_jitter=args.color_jitter, auto_augment=args.aa, interpolation=args.train_interpolation,
-        reprob=args.reprob, remode=args.remode, recount=args.recount, hflip=args.hflip, crop_scale=args.crop_scale)
+        reprob=args.reprob, remode=args.remode, recount=args.recount, hflip=args.hflip, crop_scale=args.crop_scale,
+        three_augment=args.three_augment, simple_crop=args.src)
     train, val, classes = datasets.build_datasets(
         args.data_path, args.data_set, train_transform, transform(is_train=False), args.inat_category,
         with_train=not (args.eval or args.throughout), class_map=read_class_map(args),
@@ -239,7 +240,8 @@ def build_state(args, ranks, net, precision, accum_steps):
     """-> the State of a training before its first epoch, the peak learning rate"""
     optimizer, schedule, peak_lr = optim.build(
         net, ranks.device, options.select(args, optim.Settings), options.select(args, optim.Course), lr=args.lr,
-        global_batch=global_batch(args, ranks, accum_steps), epochs=args.epochs, precision=precision.name, seed=args.seed)
+        unscale_lr=args.unscale_lr, global_batch=global_batch(args, ranks, accum_steps), epochs=args.epochs, precision=precision.name,
+        seed=args.seed)
     net, optimizer = precision.initialize(net, optimizer)
     average = MovingAverage(net, args.model_ema_decay) if args.model_ema else None
     return State(net, optimizer, schedule, precision, average, args.start_epoch - 1), peak_lr

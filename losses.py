@@ -1,6 +1,7 @@
 """What is minimised? One criterion for hard and soft targets, and distillation on top of it."""
 import torch
 import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy
 from torch import nn
 
 
@@ -20,6 +21,21 @@ class Criterion(nn.Module):
         if targets.ndim == 2:
             return -(targets * F.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
         return F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
+
+
+class BinaryCriterion(nn.Module):
+    """Binary cross entropy of each class by itself (DeiT III, arXiv 2204.07118; ResNet strikes back, arXiv 2110.00476).
+
+    Of logits (B, classes) with classes (B,) or the probabilities (B, classes) that mixing makes; the mean over classes too, or with
+    `sum_classes` their sum. threshold: what is above it is 1, the rest 0. smoothing: for classes only, as Criterion's.
+    """
+
+    def __init__(self, smoothing=0.0, threshold=None, sum_classes=False):
+        super().__init__()
+        self.loss = BinaryCrossEntropy(smoothing, threshold, sum_classes=sum_classes)
+
+    def forward(self, logits, targets):
+        return self.loss(logits.float(), targets)
 
 
 class DistillationLoss(nn.Module):

@@ -12,9 +12,9 @@ from timm.scheduler import TanhLRScheduler, create_scheduler_v2
 from precision import is_flat, optimizer_flavour
 
 
-def effective_lr(lr, global_batch):
-    """`lr` is the rate of 512 images a step. DeiT, arXiv 2012.12877."""
-    return lr * global_batch / 512
+def effective_lr(lr, global_batch, unscaled=False):
+    """`lr` is the rate of 512 images a step. DeiT, arXiv 2012.12877. unscaled: of any number, as DeiT III's."""
+    return lr if unscaled else lr * global_batch / 512
 
 
 class Schedule:
@@ -104,12 +104,13 @@ class Course:
     lr_noise_std: float = 1.0
 
 
-def build(model, device, settings=Settings(), course=Course(), *, lr, global_batch, epochs, precision="fp32", seed=0):
+def build(model, device, settings=Settings(), course=Course(), *, lr, global_batch, epochs, unscale_lr=False, precision="fp32",
+          seed=0):
     """-> optimizer, Schedule, peak learning rate. Raises ValueError for an optimizer that is not known or not here.
 
     The rate is scaled before the optimizer is built: the original scaled a number that nothing read any more.
     """
-    peak_lr = effective_lr(lr, global_batch)
+    peak_lr = effective_lr(lr, global_batch, unscale_lr)
     optimizer = build_optimizer(model, device, settings, peak_lr, precision)
     return optimizer, Schedule(optimizer, build_scheduler(optimizer, course, peak_lr, epochs, seed), course.sched_lag), peak_lr
 

@@ -87,6 +87,7 @@ OPTIONS = {
         ("--weight-decay",         0.05,            float, None,                "deit",  "weight decay"),
         ("--accum-steps",          1,               int,   "iterations",        "ours",  "iterations whose gradients make one update"),
         ("--lr",                   5e-4,            float, "per 512 images",    "deit",  "learning rate; used is lr * global batch / 512"),
+        ("--unscale-lr",           False,           SWITCH, None,               "deit",  "use --lr as it is, whatever the global batch"),
         ("--sched",                "cosine",        str,   ("cosine", "tanh", "step", "plateau", "poly", "constant", "none"), "deit", "schedule; tanh is upstream's, from -6 to 4; poly, constant and none are timm's of today"),
         ("--sched-lag",            1,               int,   "epochs",            "ours",  "epoch e runs at the schedule's step e - lag, as in the published logs; 0 removes it"),
         ("--warmup-lr",            1e-6,            float, None,                "deit",  "rate at the start of the warm-up"),
@@ -113,11 +114,16 @@ OPTIONS = {
     "Augmentation": [
         ("--color-jitter",         0.4,             float, None,                "deit",  "colour jitter, where --aa is off"),
         ("--aa",                   "rand-m9-mstd0.5-inc1", str, None,           "deit",  "auto-augment policy; none: off"),
+        ("--three-augment --ThreeAugment", False,   SWITCH, None,               "deit",  "DeiT III's 3-Augment: grey, solarized or blurred, then colour jitter; in place of --aa"),
+        ("--src",                  False,           SWITCH, None,               "deit",  "--three-augment: DeiT III's simple random crop, the whole image shifted by up to 4 pixels"),
         ("--mean",                 None,            floats, "red green blue, 0..1", "timm", "mean of the pixels; the default is the weights' own, and Twins' without weights"),
         ("--std",                  None,            floats, "red green blue, 0..1", "timm", "their standard deviation; as --mean"),
         ("--interpolation",        None,            str,   ("bilinear", "bicubic"), "timm", "of evaluated images, and of the random crop where --train-interpolation says nothing; as --mean"),
-        ("--crop-pct",             None,            float, "of the side",       "timm",  "the middle of an image that is evaluated; as --mean (Twins': 0.875)"),
+        ("--crop-pct --eval-crop-ratio", None,            float, "of the side",       "timm",  "the middle of an image that is evaluated; as --mean (Twins': 0.875)"),
         ("--train-interpolation",  None,            str,   ("random", "bilinear", "bicubic"), "deit", "of the random crop; the default is the weights' own (Twins': bicubic)"),
+        ("--bce-loss",             False,           SWITCH, None,               "timm",  "binary cross entropy of each class, in place of cross entropy"),
+        ("--bce-target-thresh",    None,            float, "probability",       "timm",  "of it: what mixing and smoothing leave above this is 1, the rest 0"),
+        ("--bce-sum",              False,           SWITCH, None,               "timm",  "of it: sum over the classes, not their mean"),
         ("--smoothing",            0.1,             float, "probability",       "deit",  "label smoothing"),
         ("--repeated-aug",         False,           SWITCH, None,               "deit",  "three augmented copies of a third of the images an epoch"),
         ("--reprob",               0.25,            float, "probability",       "deit",  "random erasing"),
@@ -168,7 +174,7 @@ KINDS = {option(names): ({SWITCH: bool, floats: tuple}.get(kind, kind), unit if 
 # What changes how a training goes, and not only how it is computed or what it is called; batch and rate are told apart from these
 TRAINING = ["model", "epochs", "max_step", *(
     name for title in ("Model", "Optimizer and schedule", "Augmentation", "Distillation") for name in GROUPS[title]
-    if name not in ("attn", "grad_checkpointing", "compile", "accum_steps", "lr", "cooldown_epochs", "resplit", "teacher_path"))]
+    if name not in ("attn", "grad_checkpointing", "compile", "accum_steps", "lr", "unscale_lr", "cooldown_epochs", "resplit", "teacher_path"))]
 
 
 class Parser(argparse.ArgumentParser):
@@ -302,6 +308,7 @@ def check(args):
     if args.cutmix_minmax is not None and int(args.input_size * args.cutmix_minmax[0]) >= int(args.input_size * args.cutmix_minmax[1]):
         raise ValueError(f"--cutmix-minmax {' '.join(map(str, args.cutmix_minmax))} leaves no box between them at {args.input_size} pixels: "
                          "0.2 0.8")
+    check_training(args)
     for name in ("mean", "std"):
         value = getattr(args, name)
         if value is not None and not (len(value) == 3 and all((x > 0 or name == "mean") and 0 <= x <= 1 for x in value)):
@@ -337,6 +344,20 @@ def check(args):
         raise ValueError("--fp32 and --hf32 exclude each other")
     if not args.data_path:
         raise ValueError("no data set: --data-path FOLDER")
+
+
+def check_training(args):
+    """Of check: the options of a training that others give their meaning."""
+    if not args.bce_loss and (args.bce_sum or args.bce_target_thresh is not None):
+        raise ValueError(f"--bce-{'sum' if args.bce_sum else 'target-thresh'} has no effect without --bce-loss")
+    if args.bce_target_thresh is not None and not 0 <= args.bce_target_thresh < 1:
+        raise ValueError(f"--bce-target-thresh is {args.bce_target_thresh}, and must be at least 0 and less than 1")
+    if args.src and not args.three_augment:
+        raise ValueError("--src has no effect without --three-augment: it is that augmentation's crop")
+    if args.three_augment and args.aa not in (DEFAULTS["aa"], "", "none"):
+        raise ValueError(f"--aa {args.aa} has no effect with --three-augment, which takes its place: leave one of them away")
+    if args.src and args.train_interpolation == "random":
+        raise ValueError("--src resizes all images with one interpolation: --train-interpolation bicubic")
 
 
 def notes(args, device_type=None):
@@ -388,7 +409,9 @@ def notes(args, device_type=None):
     idle(["cooldown_epochs"], "the training ends at --epochs, before the cool-down, as upstream's does")
     if args.lr_noise is None:
         idle(["lr_noise_pct", "lr_noise_std"], "there is no --lr-noise")
-    if args.aa and args.aa != "none":
+    if args.src and not native_size(args):
+        idle(["crop_scale"], "--src takes the whole image")
+    if args.aa and args.aa != "none" and not args.three_augment:
         idle(["color_jitter"], "--aa replaces colour jitter (--aa none brings it back)")
     if args.reprob == 0:
         idle(["remode", "recount"], "--reprob is 0")

@@ -3,6 +3,7 @@
 A recipe is a file in recipes/, or anybody's: `lr = 5e-4`, one option a line, under the options' own names. It opens with its command,
 its result and source, and what it takes; its table [published] says the numbers once more, for `nearest` and `doubts`.
 """
+import contextlib
 import difflib
 import json
 import os
@@ -112,10 +113,24 @@ def literal(value):
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's words are TOML's, but for DEL
 
 
+def said(text):
+    """The lines of a recipe that are no comments."""
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
 def save(folder, written):
-    """The recipe in the folder of its run, whole or not at all. Raises ValueError where it cannot be written."""
+    """The recipe in the folder of its run, whole or not at all. Raises ValueError where it cannot be written.
+
+    One that says the same stays. One that says something else is that of the run before it went on: it stays as recipe.toml.1, ...
+    """
     path = Path(folder) / SAVED
     try:
+        if path.exists():
+            if said(path.read_text(errors="replace")) == said(written):
+                return
+            number = next(n for n in range(1, 10**6) if not Path(f"{path}.{n}").exists())
+            with utils.replacing(f"{path}.{number}") as file:
+                file.write(path.read_bytes())
         with utils.replacing(path) as file:
             file.write(written.encode(errors="replace"))
     except OSError as error:
@@ -157,12 +172,13 @@ class Run:
 def known(read, defaults, compared, rate):
     """-> the Runs of the recipes that say in [published] what came of them.
 
-    read(name) -> as `read`. compared: the options that change how a training goes. rate(options, batch) -> the highest learning rate.
+    A file that is wrong or half a recipe is not among them: whoever asks for it is told. read(name) -> as `read`.
+    compared: the options that change how a training goes. rate(options, batch) -> the highest learning rate.
     """
     found = []
     for name in names():
-        values, published = read(name)
-        if published:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            values, published = read(name)
             options = {**defaults, **values}
             batch = options["batch_size"] * options["accum_steps"] * published["cards"]
             found.append(Run({key: options[key] for key in compared}, batch, rate(options, batch), published["images"],
@@ -179,6 +195,8 @@ def nearest(run, known, most=6):
     def distance(other):
         return run.options["model"] != other.options["model"], run.weights != other.weights, len(run.differences(other))
 
+    if not known:
+        return "No run is known to compare this one with: no file in recipes/ says what came of it"
     other = min(known, key=distance)
     found = run.differences(other)
     if not found:

@@ -39,8 +39,9 @@ class Epochs:
         self.loader, self.accum_steps, self.classes = parts.train_loader, parts.accum_steps, len(parts.classes)
         self.iterations = len(self.loader)
         teacher = assembly.build_teacher(args, parts.numbering, ranks.device, parts.preprocessing, say)
-        self.criterion = losses.DistillationLoss(losses.Criterion(args.smoothing), teacher, args.distillation_type,
-                                                 args.distillation_alpha, args.distillation_tau)
+        base = losses.BinaryCriterion(args.smoothing, args.bce_target_thresh, args.bce_sum) if args.bce_loss else losses.Criterion(
+            args.smoothing)
+        self.criterion = losses.DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
         self.model = self.wrap(run.net)
         self.mixup = transforms.FixedShapeMixup(
             args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
@@ -223,7 +224,7 @@ def save_recipe(folder, args, ranks, parts, made):
 
 def peak_rate(said, batch):
     """The highest learning rate of a recipe, {option: value}, at a global batch."""
-    return optim.effective_lr(said["lr"], batch)
+    return optim.effective_lr(said["lr"], batch, said["unscale_lr"])
 
 
 def which_run(args, batch, peak_lr, images, classes):
@@ -254,7 +255,7 @@ def recipe(args, ranks, run, parts, peak_lr):
         f"  global batch   {images} = {args.batch_size} x {ranks.world_size} ranks x {parts.accum_steps} accumulated, "
         f"{iterations} iterations an epoch",
         f"  optimizer      {type(run.optimizer).__name__}, weight decay {args.weight_decay}, clip {args.clip_grad or 'off'}",
-        f"  effective lr   {peak_lr:.6g} = {args.lr:g} x {images} / 512",
+        f"  effective lr   {peak_lr:.6g} = {args.lr:g}{'' if args.unscale_lr else f' x {images} / 512'}",
         "  schedule       " + ("none" if args.sched == "none" else
                                f"{args.warmup_epochs} warm-up epochs from {args.warmup_lr:g}, then {args.sched}"
                                f"{'' if args.sched in ('constant', 'step') else f' to {args.min_lr:g}'}, lag {args.sched_lag}"),
@@ -263,7 +264,8 @@ def recipe(args, ranks, run, parts, peak_lr):
                                f"{rates[-1]:.6g} in epoch {epochs[-1]}"
                                f"{', as long as the accuracy rises' if args.sched == 'plateau' else ''}"),
         f"  epochs         {args.epochs}, drop path {networks.drop_path_of(net)}",
-        f"  augmentation   {args.aa}, mixup {args.mixup}, cutmix {args.cutmix}, smoothing {args.smoothing}, erasing {args.reprob}",
+        f"  augmentation   {'3-Augment' if args.three_augment else args.aa}, mixup {args.mixup}, "
+        f"cutmix {args.cutmix}, smoothing {args.smoothing}, erasing {args.reprob}",
         *(f"warning: {doubt}" for doubt in options.doubts(args, peak_lr)),
         *which_run(args, images, peak_lr, len(parts.train_loader.dataset), net.num_classes),
     ])

@@ -1,12 +1,14 @@
 """What does the model see of an image? Augmentation, normalisation, and the mixing of batches."""
 import math
+import random
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform, resolve_data_config
 from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
+from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
@@ -75,8 +77,10 @@ TWINS = Preprocessing()
 
 def build_transform(is_train, input_size=224, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1",
                     interpolation=None, reprob=0.25, remode="pixel", recount=1, hflip=0.5, crop_scale=(0.08, 1.0),
-                    native_size=False, preprocessing=TWINS):
+                    native_size=False, preprocessing=TWINS, three_augment=False, simple_crop=False):
     """PIL image -> normalised (3, input_size, input_size), as DeiT trains and evaluates.
+
+    three_augment: DeiT III's, in place of auto_augment; simple_crop: of it, the whole image and a shift of 4 pixels, no random crop.
 
     interpolation: of the random crop; None: the weights'. native_size: the images already have the input's size (CIFAR at
     32): padded random crops, and no resizing.
@@ -87,7 +91,7 @@ def build_transform(is_train, input_size=224, color_jitter=0.4, auto_augment="ra
             transform = create_transform(
                 input_size, is_training=True, color_jitter=color_jitter,
                 interpolation=interpolation or preprocessing.interpolation, re_prob=reprob,
-                auto_augment=None if auto_augment in (None, "", "none") else auto_augment, re_mode=remode,
+                auto_augment=None if three_augment or auto_augment in (None, "", "none") else auto_augment, re_mode=remode,
                 re_count=recount, hflip=hflip, scale=tuple(crop_scale), **normalisation)
         except (AssertionError, ValueError, KeyError) as error:
             raise ValueError(f"--aa {auto_augment}: timm does not know this policy ({error!r}): "
@@ -97,6 +101,11 @@ def build_transform(is_train, input_size=224, color_jitter=0.4, auto_augment="ra
                 operator.aug_fn = posterize
         if native_size:
             transform.transforms[0] = transforms.RandomCrop(input_size, padding=4)
+        if simple_crop:
+            resize = transforms.Resize(input_size, str_to_interp_mode(interpolation or preprocessing.interpolation))
+            transform.transforms[:1] = [resize, transforms.RandomCrop(input_size, padding=4, padding_mode="reflect")]
+        if three_augment:
+            transform.transforms.insert(1 + simple_crop + bool(hflip), transforms.RandomChoice(THREE))
         return transform
     if native_size:
         return transforms.Compose([transforms.ToTensor(), transforms.Normalize(**normalisation)])
@@ -105,6 +114,15 @@ def build_transform(is_train, input_size=224, color_jitter=0.4, auto_augment="ra
     if preprocessing.crop_mode == "center":
         transform.transforms.insert(0, middle)
     return transform
+
+
+def blur(image, least=0.1, most=2.0):
+    """Gaussian, of a radius in pixels that is drawn."""
+    return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(least, most)))
+
+
+# One of them for each image (DeiT III, arXiv 2204.07118, section 3.2)
+THREE = (transforms.Grayscale(3), ImageOps.solarize, blur)
 
 
 def middle(image, most=100):

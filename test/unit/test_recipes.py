@@ -234,7 +234,10 @@ def test_a_run_of_a_recipe_and_of_the_recipe_that_it_leaves(tiny_folder, tmp_pat
     capsys.readouterr()
     assert main.run([*again, "--max_step=4"]) == 0 and main.run(["--recipe", str(tmp_path / "d/recipe.toml"), *again[2:]]) == 0
     assert "this is not what" not in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "d").glob("recipe*")) == ["recipe.toml"]
     assert_same(weights(tmp_path / "a"), weights(tmp_path / "d"))
+    assert main.run([*again, "--epochs=3", "--max_step=1"]) == 0  # it goes on otherwise: both are there
+    assert "epochs = 3\n" in (tmp_path / "d/recipe.toml").read_text() and "epochs = 2\n" in (tmp_path / "d/recipe.toml.1").read_text()
     # two ranks write one recipe, and a new run puts the earlier one's aside
     done = run_ranks(2, "--recipe", path, *where, "--max_step=1", "--no-eval", "--batch-size=4", "--lr=1",
                      "--output_dir", tmp_path / "a")
