@@ -1,6 +1,6 @@
 """Is this checkout what was published? Checked against the facts in published/, a line each; status 0 if all of them hold.
 
-    python tools conformance                                    # about a minute on two cores
+    python tools conformance                                    # a minute or two on two cores, and 1.5 GB for temporary files
     python tools conformance parameters schedule                # only these checks
     python tools conformance --weights alt_gvt_small.pth alt_gvt_base.pth --data-path /data/imagenet     # their Acc@1, too
 
