@@ -43,6 +43,13 @@ def start(folder, data, ranks, log, *words):
         return subprocess.Popen([*map(str, command)], stdout=file, stderr=subprocess.STDOUT, env=env)
 
 
+def wait_until_it_trains(log, process):
+    try:
+        wait_for(lambda: "Epoch: [0]  [0" in log.read_text(), process, seconds=600)
+    except AssertionError:
+        raise AssertionError(f"it does not train, status {process.poll()}: {log.read_text()[-2000:]}") from None
+
+
 def finish(folder, data, ranks, log):
     if ranks == 1:
         train(folder, "--data-path", data, "--resume=auto")
@@ -88,7 +95,7 @@ def kills(count, root):
     whole, seconds = {}, {}
     for ranks in (1, 2)[:1 + (count > 2)]:
         process = start(root / f"whole{ranks}", data, ranks, root / "log")
-        wait_for(lambda: "Epoch: [0]  [0" in (root / "log").read_text(), process)
+        wait_until_it_trains(root / "log", process)
         began = time.monotonic()
         assert process.wait() == 0, (root / "log").read_text()
         whole[ranks], seconds[ranks] = left(root / f"whole{ranks}"), time.monotonic() - began
@@ -96,7 +103,7 @@ def kills(count, root):
     for trial in range(count):
         ranks, folder, log = 2 if trial % 3 == 2 else 1, root / f"run{trial}", root / f"log{trial}"
         process = start(folder, data, ranks, log)
-        wait_for(lambda log=log: "Epoch: [0]  [0" in log.read_text(), process)
+        wait_until_it_trains(log, process)
         before = stage(folder)
         who, half = kill(process, folder, ranks, seconds[ranks], trial % 3 == 1, rng)
         found["killed"] += "Training time" not in log.read_text()
