@@ -7,6 +7,7 @@ import torch
 import checkpoint
 import datasets
 import devices
+import engine
 import labels
 import loaders
 import losses
@@ -23,7 +24,7 @@ class Parts:
     """What an evaluation needs, and a training before it has an optimizer.
 
     preprocessing: of the images. numbering: a labels.Numbering. accum_steps: batches that make one update of a rank.
-    saved, saved_path: the checkpoint that a training goes on from, or None, None.
+    saved, saved_path: the checkpoint that a training goes on from, or None, None. frozen: modules that are not trained.
     """
     net: torch.nn.Module
     precision: Precision
@@ -34,6 +35,7 @@ class Parts:
     accum_steps: int
     saved: dict | None
     saved_path: object
+    frozen: tuple = ()
 
     @property
     def classes(self):
@@ -57,15 +59,22 @@ def build(args, ranks, say):
     numbering = number_classes(args, data, classes, content, path)
     for note in numbering.notes:
         say(f"note: {note}")
-    net = build_model(args, len(numbering.names), say)
-    saved, saved_path = load_weights(args, net, content, path, numbering, say)
+    net = build_model(args, len(numbering.names), say, content)
+    saved, saved_path, fresh_head = load_weights(args, net, content, path, numbering, say)
+    frozen = () if args.eval or args.throughout else prepare(args, net, fresh_head, say)
     net.to(ranks.device)
     precision = make_precision(ranks.device, args.amp, skip=args.on_nan == "skip")
-    return Parts(net, precision, train_loader, val_loader, preprocessing, numbering, accum_steps, saved, saved_path)
+    return Parts(net, precision, train_loader, val_loader, preprocessing, numbering, accum_steps, saved, saved_path, frozen)
 
 
-def build_model(args, num_classes, say=lambda *_: None):
+def build_model(args, num_classes, say=lambda *_: None, content=None):
+    """content: of --finetune or --resume, as read: it says how large its windows were."""
     ours = dict(fused_attn=args.attn == "fused", mask_padding=args.window_padding == "mask") if networks.is_ours(args.model) else {}
+    if networks.has_windows(args.model):
+        theirs = networks.trained_window(content)
+        if theirs and not args.window_size:
+            say(f"Windows are {theirs} x {theirs} tokens, as the weights' were (--window-size)")
+        ours |= networks.window(args.window_size or theirs)
     net, notes = networks.create(
         args.model, num_classes, args.input_size, pretrained=args.pretrained, drop=args.drop, drop_path=args.drop_path,
         grad_checkpointing=args.grad_checkpointing, distilled=args.distillation_type != "none", **ours)
@@ -180,31 +189,47 @@ def number_classes(args, dataset_list, classes, content, path):
 def load_weights(args, net, content, path, numbering, say):
     """Put the weights of --finetune or --resume into `net`. -> the checkpoint to go on from and its path, or None, None
 
-    Only --resume goes on; --finetune takes weights, and gives other classes a new head.
+    Only --resume goes on; --finetune takes weights, and gives other classes a new head. Third: whether the head starts anew; None where
+    a run goes on.
     """
     if options.finetune_file(args):
         heads = networks.heads(networks.configuration(args.model))
-        state = checkpoint.model_state(content, path, note=lambda text: say(f"note: {text}"))
-        state, _ = checkpoint.adapt_head(net, state, heads, anew=numbering.fresh)
+        theirs = checkpoint.model_state(content, path, note=lambda text: say(f"note: {text}"))
+        state, _ = checkpoint.adapt_head(net, theirs, heads, anew=numbering.fresh)
         checkpoint.load_weights(net, state, path)
         say(f"Fine-tuning from {path}" + (", its moving average" if checkpoint.decided(content) == "model_ema" else ""))
-        return None, None
-    if args.pretrained and numbering.fresh and networks.configuration(args.model).get("num_classes") == net.num_classes:
+        return None, None, any(state.get(f"{head}.weight") is not theirs.get(f"{head}.weight") for head in heads)
+    same = args.pretrained and networks.configuration(args.model).get("num_classes") == net.num_classes
+    if same and numbering.fresh:
         net.reset_classifier(net.num_classes)
     if not path:
-        return None, None
+        return None, None, numbering.fresh or not same
     checkpoint.load_weights(net, checkpoint.model_state(content, path, ema=wants_average(args)), path)
     if args.eval or args.throughout:
         if checkpoint.decided(content) == "model_ema" and not args.model_ema:
             say(f"{path}: its moving average is taken, whose accuracy decided")
-        return None, None
+        return None, None, None
     if not isinstance(content, dict) or not {"optimizer", "epoch"} <= set(content):
         say(f"{path} holds weights only: the training starts at epoch {args.start_epoch}")
-        return None, None
+        return None, None, None
     done = content.get("progress")
     say(f"Resuming from {path}, after epoch {content['epoch']}" + (
         f" and {done['updates']} updates of the next" if isinstance(done, dict) and done.get("updates") else ""))
-    return content, path
+    return content, path, None
+
+
+def prepare(args, net, fresh_head, say):
+    """What is done to a network before it is trained: its fresh head scaled, a part of it frozen. -> the frozen modules"""
+    heads = networks.heads(networks.configuration(args.model))
+    if args.head_init_scale is not None and fresh_head is False:
+        raise ValueError("--head-init-scale has no effect: the weights bring the head of these classes: leave it away")
+    if args.head_init_scale is not None and fresh_head:
+        networks.scale_heads(net, heads, args.head_init_scale)
+    if not args.freeze:
+        return ()
+    frozen, count = networks.freeze(net, args.freeze, heads)
+    say(f"Frozen: {count:,} of {sum(p.numel() for p in net.parameters()):,} parameters (--freeze {args.freeze})")
+    return tuple(frozen)
 
 
 def wants_average(args):
@@ -257,7 +282,7 @@ def restore(args, ranks, parts, say):
         if type(before) is int and before != images:  # --allow-change: some images again rather than never
             run.progress.updates = run.progress.updates * before // images
         if args.sched == "plateau":
-            say(f"plateau goes on at {run.optimizer.param_groups[0]['lr']:g}")
+            say(f"plateau goes on at {engine.highest_rate(run.optimizer):g}")
     if args.on_nan == "rollback" and is_flat(run.optimizer):
         raise ValueError("--on-nan rollback: the flat optimizer of an NPU takes no state once it has stepped: --on-nan skip, or adamw "
                          "on a 910B")

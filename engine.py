@@ -50,7 +50,7 @@ def add_over_ranks(values):
 def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler, max_norm=0, model_ema=None,
                     mixup_fn=None, *, accum_steps=1, max_steps=0, print_freq=10, ranks=1, quiet=False, memory=None,
                     batch_size=None, progress=None, reseed=None, after_update=None, most_skips=0,
-                    unreadable=None, mark=lambda phase, step: None):
+                    unreadable=None, mark=lambda phase, step: None, frozen=()):
     """What is left of one pass over data_loader, or its next max_steps iterations. -> {lr, loss, fps, steps of the pass, ran: of them now}
 
     criterion(images, outputs, targets) -> scalar. loss_scaler: a Precision. model_ema: has update(model).
@@ -62,12 +62,13 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     after_update(settle): called after each; where it is true, the pass ends there. `progress` has all losses only after settle(), which
     all ranks call together.
     unreadable(met): called where a window has met images that cannot be read, by all ranks together, with this rank's own.
+    frozen: modules that are computed as in an evaluation. The rate that is told is the highest of the optimizer's groups.
     most_skips: updates that may be left out, since their loss or gradient was not finite (Precision did); more raise NonFiniteLoss.
 
     The host never waits for the device inside a step. It does at the end of a window of print_freq steps, to read the
     losses; there all ranks learn together whether one was not finite, and raise NonFiniteLoss.
     """
-    model.train()
+    set_training(model, frozen)
     progress = Progress() if progress is None else progress
     first = progress.updates * accum_steps
     total = min(len(data_loader), first + max_steps if max_steps else len(data_loader))
@@ -144,15 +145,27 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
             measured[:] = norm, moved
         if log.window_ends(step):
             total_loss, count, norms = read_window()
-            log.line(step, optimizer.param_groups[0]["lr"], memory and memory(), norms, loss=(total_loss, count))
+            log.line(step, highest_rate(optimizer), memory and memory(), norms, loss=(total_loss, count))
         if update:
             progress.updates = math.ceil((step + 1) / accum_steps)
             if after_update is not None and after_update(settle):
                 break
         mark(LOADING, step + 1)
     log.summary()
-    return {"lr": optimizer.param_groups[0]["lr"], "loss": progress.loss / max(1, progress.losses), "fps": log.fps(),
+    return {"lr": highest_rate(optimizer), "loss": progress.loss / max(1, progress.losses), "fps": log.fps(),
             "steps": log.last_step + 1, "ran": log.last_step + 1 - first}
+
+
+def set_training(model, frozen=()):
+    """Train mode, but for the `frozen` modules: no dropout and no drop path in them, and batch norms keep their statistics."""
+    model.train()
+    for module in frozen:
+        module.eval()
+
+
+def highest_rate(optimizer):
+    """Of all groups: with layer decay, of the layers nearest to the head."""
+    return max(group["lr"] for group in optimizer.param_groups)
 
 
 @torch.no_grad()

@@ -392,9 +392,9 @@ class Twins(nn.Module):
 
     def group_matcher(self, coarse=False):
         """Which layer a parameter belongs to, for timm's layer decay."""
-        blocks = [(r"^(?:blocks|patch_embeds|pos_block)\.(\d+)", None)] if coarse else [
-            (r"^blocks\.(\d+)\.(\d+)", None), (r"^(?:patch_embeds|pos_block)\.(\d+)", (0,))]
-        return {"stem": r"^patch_embeds\.0", "blocks": [*blocks, (r"^norm", (99999,))]}
+        blocks = [(r"^(?:blocks|patch_embeds|pos_drops|pos_block)\.(\d+)", None)] if coarse else [
+            (r"^blocks\.(\d+)\.(\d+)", None), (r"^(?:patch_embeds|pos_drops|pos_block)\.(\d+)", (0,))]
+        return {"stem": r"^(?:patch_embeds|pos_drops)\.0", "blocks": [*blocks, (r"^norm", (99999,))]}
 
     def set_grad_checkpointing(self, enable=True):
         self.grad_checkpointing = enable
@@ -430,6 +430,8 @@ class Twins(nn.Module):
             x = drop(call(embed, x))
             for i, block in enumerate(blocks):
                 keep1, keep2 = next(factors), next(factors)
+                if not block.training:  # it is frozen
+                    keep1 = keep2 = None
                 if self.grad_checkpointing and self.training:
                     x = checkpoint(call, block, x, keep1, keep2, use_reentrant=False)
                 else:

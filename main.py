@@ -95,6 +95,7 @@ def run_in(output, watch, args, ranks, say):
         epochs = training.Epochs(args, ranks, run, parts, output, watch.mark, say)
         saves = training.open_saves(args, ranks, run, parts, output, pause, watch, say)
         say(training.recipe(args, ranks, run, parts, peak_lr))
+        say(training.which_run(args, ranks, parts, peak_lr))
         started = time.perf_counter()
         with pause.listening():
             training.train(args, run, epochs, partial(training.test, run, evaluate, say, rows), saves, say)

@@ -4,6 +4,7 @@ import re
 import timm
 import torch
 from timm.layers import DropPath
+from timm.models._manipulate import group_with_matcher
 
 import gvt
 import transforms
@@ -49,6 +50,75 @@ def heads(config):
     """The modules that classify, as timm names them: of two the one of the labels first."""
     names = config.get("classifier") or "head"
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def has_windows(name):
+    """Whether a model is one of ours with windows: SVT."""
+    return is_ours(name) and name.startswith("alt_gvt")
+
+
+def window(size):
+    """The argument of a model of ours for windows of size x size tokens in all stages; {} for its own."""
+    return {"window_sizes": (size,) * 4} if size else {}
+
+
+def window_of(net):
+    """The side of a network's windows in tokens, None where it has none."""
+    return next((module.window_size for module in net.modules() if isinstance(module, gvt.LocallyGroupedAttention)), None)
+
+
+def trained_window(content):
+    """The side of the windows that weights were trained with, as our checkpoint says; None where it does not."""
+    said = content.get("options") if isinstance(content, dict) else None
+    size = said.get("window_size") if isinstance(said, dict) else None
+    return size if type(size) is int and 0 < size <= 2**14 else None
+
+
+@torch.no_grad()
+def scale_heads(net, names, scale):
+    """Multiply the weights and biases of the heads that have these names. timm's --head-init-scale."""
+    for head in map(net.get_submodule, names):
+        for parameter in head.parameters():
+            parameter.mul_(scale)
+
+
+def freeze(net, what, heads):
+    """Leave parameters of `net` out of its training. -> modules that are to be computed as in an evaluation, the number of parameters
+
+    what: "stem"; a number of stages (of layers as timm groups a model's), with all that comes before them; "backbone", all but the heads;
+    or names of modules, with commas between them. heads: the names of the heads. Raises ValueError.
+    """
+    modules, heads = dict(net.named_modules()), tuple(f"{name}." for name in heads)
+    parameters = {name: parameter for name, parameter in net.named_parameters()}
+    if what == "backbone":
+        chosen = [name for name in (*parameters, *modules) if not f"{name}.".startswith(heads) and name]
+    elif what == "stem" or what.isdecimal():
+        if not hasattr(net, "group_matcher"):
+            raise ValueError(f"--freeze {what}: timm does not say what the stages of {type(net).__name__} are: name modules, or backbone")
+        layers = group_with_matcher(((name, None) for name in (*parameters, *modules)), net.group_matcher(coarse=True), reverse=True)
+        last, most = int(what) if what != "stem" else 0, max(layers[name] for name in parameters) - 1
+        if not (what == "stem" or 0 < last <= most):
+            raise ValueError(f"--freeze {what}: {type(net).__name__} has {most} stages: 1 to {most}, stem, or backbone")
+        chosen = [name for name, layer in layers.items() if layer <= last]
+    else:
+        wanted = tuple(f"{name.strip()}." for name in what.split(","))
+        for name in wanted:
+            if name[:-1] not in modules or name == ".":
+                raise ValueError(f"--freeze {what}: there is no module {name[:-1]}: stem, a number of stages, backbone, or names such as "
+                                 f"{', '.join(name for name, _ in net.named_children())}")
+        chosen = [name for name in (*parameters, *modules) if f"{name}.".startswith(wanted)]
+    chosen = set(chosen)
+    for name in chosen & parameters.keys():
+        parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise ValueError(f"--freeze {what} leaves nothing to train")
+
+    def rests(name, module):
+        own = list(module.parameters())
+        return not any(parameter.requires_grad for parameter in own) if own else name in chosen
+
+    frozen = [module for name, module in modules.items() if rests(name, module)]
+    return frozen, sum(parameter.numel() for parameter in net.parameters() if not parameter.requires_grad)
 
 
 def drop_path_of(net):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from timm.optim import Lookahead, create_optimizer_v2, get_optimizer_class, get_optimizer_info, param_groups_weight_decay
+from timm.optim import Lookahead, create_optimizer_v2, get_optimizer_class, get_optimizer_info
+from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import TanhLRScheduler, create_scheduler_v2
 
 from precision import is_flat, optimizer_flavour
@@ -45,7 +46,7 @@ class Schedule:
         found = []
         for epoch in epochs:
             twin.start_epoch(epoch)
-            found.append(twin.optimizer.param_groups[0]["lr"])
+            found.append(max(group["lr"] for group in twin.optimizer.param_groups))
         return found
 
     def state_dict(self):
@@ -71,10 +72,19 @@ class Schedule:
             plateau.__dict__.update({k: v for k, v in state.items() if k in plateau.state_dict() and isinstance(v, (int, float))})
 
 
-def decay_groups(model, weight_decay):
-    """Parameters without weight decay (biases, norms, what the model exempts), and those with it, each in the model's order."""
+def decay_groups(model, weight_decay, layer_decay=None):
+    """Parameters without weight decay (biases, norms, what the model exempts), and those with it, each in the model's order.
+
+    layer_decay: these two of each layer, whose rate is that of the layer behind it times this; the head's is the whole rate. The layers
+    are the model's own (group_matcher). BEiT, arXiv 2106.08254, as timm has it. Raises ValueError where the model has none.
+    """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
+    if layer_decay is None:
+        return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
+    groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
+    if not hasattr(model, "group_matcher") or (layer_decay != 1 and len({group["lr_scale"] for group in groups}) == 1):
+        raise ValueError(f"--layer-decay: the layers of {type(model).__name__} are not known, or only one is trained: leave it away")
+    return groups
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,7 @@ class Settings:
     momentum: float = 0.9
     opt_eps: float | None = None
     opt_betas: tuple | None = None
+    layer_decay: float | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,7 @@ def build(model, device, settings=Settings(), course=Course(), *, lr, global_bat
 
 
 def build_optimizer(model, device, settings, lr, precision):
-    groups = decay_groups(model, settings.weight_decay)
+    groups = decay_groups(model, settings.weight_decay, settings.layer_decay)
     opt, eps, betas = settings.opt.lower(), settings.opt_eps, settings.opt_betas
     constructor, flavour = optimizer_flavour(device, opt, precision)
     try:
@@ -155,6 +166,9 @@ def build_scheduler(optimizer, course, peak_lr, epochs, seed):
     if course.sched == "tanh":  # upstream's timm 0.3.2 drew it from -6 to 4, today's from -7 to 3: up to 4.9 times that rate
         scheduler = TanhLRScheduler(optimizer, epochs, lb=-6.0, ub=4.0, lr_min=course.min_lr, warmup_t=course.warmup_epochs,
                                     warmup_lr_init=warmup_lr, noise_range_t=scheduler.noise_range_t, **noise)
+    if scheduler is None or (course.sched == "plateau" and not course.warmup_epochs):  # no other one is asked before the first epoch
+        for group in optimizer.param_groups:
+            group["lr"] = peak_lr * group.get("lr_scale", 1.0)
     return scheduler
 
 

@@ -68,6 +68,9 @@ OPTIONS = {
         ("--drop-path",            0.1,             float, "probability",       "deit",  "drop path of the last block, rising from 0 at the first"),
         ("--attn",                 "fused",         str,   ("fused", "explicit"), "ours", "fused attention kernels, or the explicit formula"),
         ("--window-padding",       "zeros",         str,   ("zeros", "mask"),   "ours",  "padded windows: zeros as in the published models, or hidden from the real tokens"),
+        ("--window-size",          None,            int,   "tokens",            "ours",  "SVT: side of the windows; 12 at 384 pixels, 5 at 160 need no padding, and no weight depends on it; the default is the weights' own (7)"),
+        ("--freeze",               "",              str,   "stem|STAGES|backbone|modules", "ours", "train the rest only: freeze the stem, the first so many stages, all but the head, or modules by name (a,b)"),
+        ("--head-init-scale",      None,            float, "factor",            "timm",  "multiply the weights of a head that starts anew"),
         ("--grad-checkpointing",   False,           SWITCH, None,               "timm",  "recompute the blocks in the backward pass: less memory, more time"),
         ("--compile",              False,           SWITCH, None,               "timm",  "torch.compile the model: minutes before the first step, on a CPU ten and more"),
         ("--model-ema",            False,           SWITCH, None,               "deit",  "keep an exponential moving average of the weights, evaluate it too; the better of the two decides the best"),
@@ -85,6 +88,7 @@ OPTIONS = {
         ("--clip-grad",            5.0,             float, "norm",              "twins", "largest norm of the gradient; 0: off"),
         ("--momentum",             0.9,             float, None,                "deit",  "momentum, for the optimizers that have one"),
         ("--weight-decay",         0.05,            float, None,                "deit",  "weight decay"),
+        ("--layer-decay",          None,            float, "a layer",           "timm",  "each layer's rate is that of the one behind it times this; the head's is the whole rate"),
         ("--accum-steps",          1,               int,   "iterations",        "ours",  "iterations whose gradients make one update"),
         ("--lr",                   5e-4,            float, "per 512 images",    "deit",  "learning rate; used is lr * global batch / 512"),
         ("--unscale-lr",           False,           SWITCH, None,               "deit",  "use --lr as it is, whatever the global batch"),
@@ -157,7 +161,7 @@ LIMITS = dict(
     start_epoch=(0, MANY), sched_lag=(0, MANY), warmup_epochs=(0, MANY),
     cooldown_epochs=(0, MANY), patience_epochs=(0, MANY), recount=(1, 1000), seed=(0, 2**32 - 1), lr=(0, 1e30), warmup_lr=(0, 1e30),
     min_lr=(0, 1e30), weight_decay=(0, 1e4), clip_grad=(0, 1e30), opt_eps=(0, 1e6), mixup=(0, 1e6), cutmix=(0, 1e6), color_jitter=(0, 1e6),
-    distillation_tau=(1e-6, 1e6), decay_epochs=(1e-6, MANY), decay_rate=(1e-6, 1e3), lr_noise_pct=(0.01, 1), lr_noise_std=(0, 100))
+    window_size=(1, 2**14), head_init_scale=(0, 1e6), layer_decay=(1e-6, 1), distillation_tau=(1e-6, 1e6), decay_epochs=(1e-6, MANY), decay_rate=(1e-6, 1e3), lr_noise_pct=(0.01, 1), lr_noise_std=(0, 100))
 
 
 def option(names):
@@ -280,7 +284,7 @@ def check(args):
     """Raises ValueError for what cannot work together, before anything is loaded."""
     for name, (least, most) in LIMITS.items():
         value = getattr(args, name)
-        if not least <= value <= most:
+        if value is not None and not least <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, and must be at {f'most {most}' if value > most else f'least {least}'}")
     for name in ("drop", "drop_path", "reprob", "mixup_prob", "mixup_switch_prob", "distillation_alpha", "hflip", "max_bad_fraction"):
         if not 0 <= getattr(args, name) <= 1:
@@ -348,6 +352,8 @@ def check(args):
 
 def check_training(args):
     """Of check: the options of a training that others give their meaning."""
+    if args.window_size is not None and not args.model.startswith("alt_gvt"):
+        raise ValueError(f"--window-size has no effect: {args.model} is no SVT of ours, and has no windows")
     if not args.bce_loss and (args.bce_sum or args.bce_target_thresh is not None):
         raise ValueError(f"--bce-{'sum' if args.bce_sum else 'target-thresh'} has no effect without --bce-loss")
     if args.bce_target_thresh is not None and not 0 <= args.bce_target_thresh < 1:

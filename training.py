@@ -37,7 +37,7 @@ class Epochs:
     def __init__(self, args, ranks, run, parts, output, mark, say):
         self.args, self.ranks, self.run, self.mark, self.say = args, ranks, run, mark, say
         self.loader, self.accum_steps, self.classes = parts.train_loader, parts.accum_steps, len(parts.classes)
-        self.iterations = len(self.loader)
+        self.iterations, self.frozen = len(self.loader), parts.frozen
         teacher = assembly.build_teacher(args, parts.numbering, ranks.device, parts.preprocessing, say)
         base = losses.BinaryCriterion(args.smoothing, args.bce_target_thresh, args.bce_sum) if args.bce_loss else losses.Criterion(
             args.smoothing)
@@ -64,7 +64,7 @@ class Epochs:
         net, args = self.run.net, self.args
         kept = {name: buffer.clone() for name, buffer in net.named_buffers()}
         images = torch.zeros(args.batch_size, 3, args.input_size, args.input_size, device=self.ranks.device)
-        net.train()
+        engine.set_training(net, self.frozen)
         with self.run.precision.autocast():
             outputs = self.model(images)
         sum(output.float().sum() for output in (outputs if isinstance(outputs, tuple) else [outputs])).backward()
@@ -93,10 +93,11 @@ class Epochs:
                     quiet=not self.ranks.is_main, memory=partial(devices.max_memory, self.ranks.device), batch_size=args.batch_size,
                     progress=run.progress,
                     reseed=partial(self.reseed, epoch), after_update=after_update,
-                    most_skips=args.nan_limit if args.on_nan == "skip" else 0, unreadable=partial(self.unread, epoch), mark=self.mark)
+                    most_skips=args.nan_limit if args.on_nan == "skip" else 0, unreadable=partial(self.unread, epoch), mark=self.mark,
+                    frozen=self.frozen)
             except engine.NonFiniteLoss as error:
                 met = named(error, epoch, loaders.images_of(self.loader), self.ranks, self.where)
-            met.rate, met.scale = run.optimizer.param_groups[0]["lr"], run.precision.state_dict().get("scale")
+            met.rate, met.scale = engine.highest_rate(run.optimizer), run.precision.state_dict().get("scale")
             if args.on_nan != "rollback" or left_out > args.nan_limit:
                 raise met
             run.roll_back(met.step // self.accum_steps + 1, left_out)
@@ -178,7 +179,7 @@ def open_saves(args, ranks, run, parts, output, pause, watch, say):
     if moved:
         say(f"An earlier run's files in {utils.shown(output.folder)} are now {', '.join(moved)}")
     say(f"Checkpoints and log.txt go to {output.folder}" if output else "warning: --output_dir is empty: nothing of this training is saved")
-    beside = dict(options=vars(args), classes=parts.classes, named=parts.numbering.named, preprocessing=parts.preprocessing.save(),
+    beside = dict(options=used(args, parts), classes=parts.classes, named=parts.numbering.named, preprocessing=parts.preprocessing.save(),
                   global_batch=assembly.global_batch(args, ranks, parts.accum_steps), manifest=made)
     devices.all_agree(ranks, lambda: output and save_recipe(output.folder, args, ranks, parts, made))
     saves = Saves(run, beside, output, pause, watch, args.on_nan == "rollback")
@@ -187,11 +188,16 @@ def open_saves(args, ranks, run, parts, output, pause, watch, say):
     return saves
 
 
+def used(args, parts):
+    """The options, with what the weights brought where they say nothing."""
+    return {**vars(args), "window_size": networks.window_of(parts.net)}
+
+
 def describe(args, parts, say):
     """-> the manifest of this training. What this command changes of the checkpoint that it goes on from is said, and other data are a
     ValueError without --allow-change."""
     made, saved, path = manifest.describe(loaders.images_of(parts.train_loader), args.data_path), parts.saved, parts.saved_path
-    if saved and (changed := manifest.changes(saved, made, vars(args))):
+    if saved and (changed := manifest.changes(saved, made, used(args, parts))):
         say(f"note: this is not what {path} was trained with: {', '.join(changed)}")
     then = saved.get("manifest") if saved else None
     if other := manifest.other_data(then.get("data") if isinstance(then, dict) else None, made["data"]):
@@ -213,7 +219,7 @@ def prepare_output(output, args, saved_path, start_epoch):
 
 def save_recipe(folder, args, ranks, parts, made):
     """The options as they are used, as a recipe in the folder of the run. made: its manifest."""
-    values = {**vars(args), "accum_steps": parts.accum_steps, "finetune": options.finetune_file(args)}
+    values = {**used(args, parts), "accum_steps": parts.accum_steps, "finetune": options.finetune_file(args)}
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     batch = assembly.global_batch(args, ranks, parts.accum_steps)
     recipes.save(folder, recipes.text(values, options.GROUPS, "\n".join([
@@ -227,14 +233,13 @@ def peak_rate(said, batch):
     return optim.effective_lr(said["lr"], batch, said["unscale_lr"])
 
 
-def which_run(args, batch, peak_lr, images, classes):
-    """-> lines: which known run this one is, or in what it differs from the nearest, and warnings where batch or rate are far from all.
-
-    images, classes: of the training set."""
+def which_run(args, ranks, parts, peak_lr):
+    """Which known run this one is, or in what it differs from the nearest, and warnings where batch or rate are far from all."""
     known = recipes.known(options.read_recipe, options.DEFAULTS, options.TRAINING, peak_rate)
-    own = recipes.Run({name: getattr(args, name) for name in options.TRAINING}, batch, peak_lr, images, classes,
+    own = recipes.Run({name: getattr(args, name) for name in options.TRAINING}, assembly.global_batch(args, ranks, parts.accum_steps),
+                      peak_lr, len(parts.train_loader.dataset), len(parts.classes),
                       weights=bool(args.pretrained or options.finetune_file(args)))
-    return [recipes.nearest(own, known), *(f"warning: {doubt}" for doubt in recipes.doubts(own, known))]
+    return "\n".join([recipes.nearest(own, known), *(f"warning: {doubt}" for doubt in recipes.doubts(own, known))])
 
 
 def recipe(args, ranks, run, parts, peak_lr):
@@ -267,7 +272,6 @@ def recipe(args, ranks, run, parts, peak_lr):
         f"  augmentation   {'3-Augment' if args.three_augment else args.aa}, mixup {args.mixup}, "
         f"cutmix {args.cutmix}, smoothing {args.smoothing}, erasing {args.reprob}",
         *(f"warning: {doubt}" for doubt in options.doubts(args, peak_lr)),
-        *which_run(args, images, peak_lr, len(parts.train_loader.dataset), net.num_classes),
     ])
 
 def train(args, run, train_epoch, test, saves, say):

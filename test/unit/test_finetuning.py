@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import random
+import re
 import signal
 from types import SimpleNamespace
 
@@ -21,7 +22,10 @@ from timm.loss import BinaryCrossEntropy
 from torchvision import transforms as tv
 from torchvision.transforms.functional import InterpolationMode
 
+import engine
+import gvt
 import main
+import networks
 import optim
 import options
 from losses import BinaryCriterion
@@ -174,6 +178,10 @@ def test_eval_crop_ratio_is_crop_pct():
     ("--bce-loss --bce-target-thresh=1", "--bce-target-thresh is 1.0, and must be"),
     ("--src", "--src has no effect without --three-augment"),
     ("--three-augment --aa=v0", "--aa v0 has no effect with --three-augment"),
+    ("--window-size=12", "--window-size has no effect: test_convnext is no SVT"), ("--freeze=nose", "there is no module nose"),
+    ("--freeze=9", "--freeze 9: ConvNeXt has 4 stages: 1 to 4"), ("--freeze=,", "there is no module"),
+    ("--freeze=stem,stages,norm_pre,head", "leaves nothing to train"), ("--layer-decay=0", "--layer-decay is 0.0, and must be at least"),
+    ("--layer-decay=0.9 --freeze=backbone", "only one is trained"), ("--head-init-scale=-1", "--head-init-scale is -1.0"),
     ("--ThreeAugment --src --train-interpolation=random", "--src resizes all images with one interpolation")])
 def test_an_option_without_effect_is_one_line(train, words, message):
     refused(train(SMALL, *words.split()), message)
@@ -181,7 +189,8 @@ def test_an_option_without_effect_is_one_line(train, words, message):
 
 # ---- cut anywhere, they go on bit for bit ----
 
-CUT = {"bce, 3-Augment": ["--bce-loss", "--three-augment", "--src", "--unscale-lr", "--lr=1e-3"]}
+CUT = {"layer decay, frozen stage": ["--layer-decay=0.7", "--freeze=1", "--head-init-scale=0.1", "--lr=0.05"],
+       "bce, 3-Augment": ["--bce-loss", "--three-augment", "--src", "--unscale-lr", "--lr=1e-3"]}
 
 
 @pytest.mark.parametrize("words", CUT.values(), ids=CUT)
@@ -193,3 +202,161 @@ def test_a_cut_run_goes_on_bit_for_bit(train, words):
     again = trained(train(*words, "--resume=auto", folder=cut.folder))
     assert_same(trained(whole)["model"], again["model"])
     assert rows(whole)[-1]["train_loss"] == rows(cut)[-1]["train_loss"] and rows(whole)[-1]["train_lr"] == rows(cut)[-1]["train_lr"]
+
+
+# ---- --layer-decay ----
+
+TIMMS = {"alt_gvt_small": "twins_svt_small", "pcpvt_small_v0": "twins_pcpvt_small"}
+
+
+@pytest.mark.parametrize("model", [*TIMMS, "test_vit", "test_convnext"])
+def test_the_groups_of_layer_decay_are_timms(model):
+    """Of our models those of timm's twins, whose weights have the same names."""
+    ours, theirs = timm.create_model(model, num_classes=CLASSES), timm.create_model(TIMMS.get(model, model), num_classes=CLASSES)
+    expected = timm.optim.param_groups_layer_decay(theirs, 0.05, getattr(theirs, "no_weight_decay", tuple)(), layer_decay=0.7)
+
+    def told(groups, net):
+        names = {id(parameter): name for name, parameter in net.named_parameters()}
+        return {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+    found = told(optim.decay_groups(ours, 0.05, 0.7), ours)
+    assert found == told(expected, theirs) and len(found) == len(list(ours.parameters()))
+    assert len({scale for scale, _ in found.values()}) > 4 and found[f"{ours.default_cfg['classifier']}.weight"][0] == 1.0
+
+
+@pytest.mark.parametrize("words, rates", [
+    (["--sched=constant"], [0.01, 0.01]), (["--sched=none"], [0.01, 0.01]), (["--sched=plateau"], [0.01, 0.01]),
+    (["--sched=cosine", "--min-lr=0"], [0.01, 0.005])])
+def test_each_layer_moves_at_its_own_rate(train, words, rates):
+    """With SGD, one update moves a weight by rate * gradient: beside plain torch, by the first update's rates."""
+    usual = [SMALL, *PLAIN, "--opt=momentum", "--weight-decay=0", "--clip-grad=0", "--unscale-lr", "--lr=0.01", *words]
+    decayed = train(*usual, "--layer-decay=0.5", "--max_step=1", "--batch-size=24")
+    net = fresh("test_convnext").train()
+    scales = {id(p): group["lr_scale"] for group in timm.optim.param_groups_layer_decay(net, 0, layer_decay=0.5) for p in group["params"]}
+    images, targets = images_of(decayed.data, "train")
+    F.cross_entropy(net(images), targets).backward()
+    model = trained(decayed)["model"]
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(model[name], p - 0.01 * scales[id(p)] * p.grad, rtol=1e-5, atol=1e-8)
+    assert min(scales.values()) < 0.2
+    assert [row["train_lr"] for row in rows(train(*usual, "--layer-decay=0.5"))] == pytest.approx(rates)  # the head's
+
+
+# ---- --freeze ----
+
+SGD = ["--opt=momentum", "--weight-decay=0", "--clip-grad=0", "--unscale-lr", "--lr=0.1", "--sched=constant"]
+STAGES = {"stem": r"patch_embeds\.0\.", "1": r"patch_embeds\.0|blocks\.0\.|pos_block\.0", "backbone": r"(?!head)", "2":
+          r"(patch_embeds|blocks|pos_block)\.[01]\.", "4": r"(?!head)", "pos_block,blocks.2.0": r"pos_block|blocks\.2\.0\."}
+
+
+@pytest.mark.parametrize("what", STAGES)
+def test_what_is_frozen(what):
+    net = timm.create_model("alt_gvt_small", num_classes=CLASSES)
+    frozen, count = networks.freeze(net, what, ("head",))
+    names = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
+    assert names == {name for name, _ in net.named_parameters() if re.match(STAGES[what], name)}
+    assert count == sum(parameter.numel() for name, parameter in net.named_parameters() if name in names)
+    engine.set_training(net, frozen)
+    asleep = {name for name, module in net.named_modules() if not module.training}
+    for name, module in net.named_modules():  # what has weights sleeps with them; a stage's dropout behind its embedding, too
+        own = {f"{name}.{parameter}".lstrip(".") for parameter, _ in module.named_parameters()}
+        assert not own or (name in asleep) == (own <= names), name
+    assert {f"pos_drops.{i}" for i in range(4)} & asleep == {
+        "stem": {"pos_drops.0"}, "1": {"pos_drops.0"}, "2": {"pos_drops.0", "pos_drops.1"}, "pos_block,blocks.2.0": set()}.get(
+        what, {f"pos_drops.{i}" for i in range(4)})
+
+
+def test_what_is_frozen_stays_and_all_the_rest_moves(train):
+    done = train(TWINS, *PLAIN, *SGD, "--freeze=2", "--max_step=1", "--no-eval", "--batch-size=4")
+    before, after = fresh("alt_gvt_small").state_dict(), trained(done)["model"]
+    stays = {name for name in before if torch.equal(before[name], after[name])}
+    assert stays == {name for name in before if re.match(STAGES["2"], name)}
+    count = sum(before[name].numel() for name in stays)
+    assert f"Frozen: {count:,} of 23,549,315 parameters (--freeze 2)" in done.out
+    assert rows(done)[0]["n_parameters"] == 23_549_315 - count
+
+
+def test_what_is_frozen_is_computed_as_in_an_evaluation(train):
+    """Neither dropout nor drop path, and a batch norm that takes the statistics it has, and keeps them."""
+    done = train(TWINS, *PLAIN, "--drop=0.5", "--drop-path=0.9", "--freeze=4", "--lr=0", "--epochs=1", "--no-eval")
+    images, targets = images_of(done.data, "train")
+    net = fresh("alt_gvt_small").eval()
+    assert rows(done)[0]["train_loss"] == pytest.approx(F.cross_entropy(net(images), targets).item(), rel=1e-5)
+    done = train("--model=test_efficientnet", *PLAIN, *SGD, "--freeze=backbone", "--epochs=1")
+    net, model = fresh("test_efficientnet").eval(), trained(done)["model"]
+    moved = {name for name, value in net.state_dict().items() if not torch.equal(value, model[name])}
+    assert moved == {"classifier.weight", "classifier.bias"}
+
+
+def test_a_frozen_stem_alone_is_timms(train):
+    """Beside timm.utils.freeze and one step of SGD in plain torch: the rest trains, its batch norms too."""
+    words = ["--model=test_efficientnet", *PLAIN, "--max_step=1", "--no-eval"]
+    done = train(*words, *SGD, "--freeze=conv_stem,bn1,blocks.0", "--batch-size=24")
+    net = fresh("test_efficientnet").train()
+    timm.utils.freeze(net, ["conv_stem", "bn1", "blocks.0"])
+    images, targets = images_of(done.data, "train")
+    F.cross_entropy(net(images), targets).backward()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    model = trained(done)["model"]
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(model[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    done = train(*words, "--freeze=stem")
+    assert "Frozen: " in done.out and done.status == 0
+
+
+# ---- --head-init-scale ----
+
+def test_a_fresh_head_is_scaled(train):
+    done = train(SMALL, *PLAIN, "--head-init-scale=0.001", "--lr=0", "--max_step=1", "--no-eval")
+    model, net = trained(done)["model"], fresh("test_convnext", head_init_scale=0.001)
+    assert_same(model, net.state_dict())  # timm's convnext has the same by its own argument
+
+
+def test_a_head_of_other_classes_is_scaled_and_one_that_fits_is_not(train, tmp_path):
+    torch.manual_seed(5)
+    net = timm.create_model("test_convnext", num_classes=7)
+    torch.save(net.state_dict(), tmp_path / "seven.pth")
+    words = [SMALL, *PLAIN, "--lr=0", "--max_step=1", "--no-eval"]
+    plain, scaled = (trained(train(*words, f"--finetune={tmp_path}/seven.pth", *more))["model"] for more in ([], ["--head-init-scale=0.5"]))
+    for name, value in plain.items():
+        assert torch.equal(scaled[name], value * 0.5 if name.startswith("head.fc") else net.state_dict()[name])
+    torch.save(timm.create_model("test_convnext", num_classes=CLASSES).state_dict(), tmp_path / "three.pth")
+    refused(train(*words, f"--finetune={tmp_path}/three.pth", "--head-init-scale=0.5"), "--head-init-scale has no effect")
+
+
+# ---- --window-size ----
+
+def test_windows_of_twelve_tokens_at_384_pixels_are_timms_and_need_no_padding(monkeypatch):
+    ours = timm.create_model("alt_gvt_small", num_classes=CLASSES, window_sizes=(12,) * 4).eval()
+    theirs = timm.create_model("twins_svt_small", img_size=384, num_classes=CLASSES, wss=(12,) * 4).eval()
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(1, 3, 384, 384)
+    with torch.no_grad():
+        expected = theirs(images)
+        monkeypatch.setattr(gvt.F, "pad", None)
+        monkeypatch.setattr(gvt.PadWith, "apply", None)
+        torch.testing.assert_close(ours(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_come_with_the_weights_unless_said_otherwise(train):
+    words = [TWINS, *PLAIN, "--batch-size=4", "--lr=0", "--max_step=1"]
+    one = train(*words, "--window-size=4")  # and four runs without it, or with another
+    net = fresh("alt_gvt_small", window_sizes=(4,) * 4).eval()
+    images, targets = images_of(one.data, "val")
+    with torch.no_grad():
+        small, usual = (F.cross_entropy(net(images), targets).item(),
+                        F.cross_entropy(fresh("alt_gvt_small").eval()(images), targets).item())
+    assert abs(small - usual) > 1e-6
+    assert rows(one)[0]["test_loss"] == pytest.approx(small, rel=1e-6)
+    weights = str(one.folder / "checkpoint.pth")
+    for more, loss in (([], small), (["--window-size=7"], usual)):
+        done = train(*words, f"--finetune={weights}", *more)
+        assert rows(done)[0]["test_loss"] == pytest.approx(loss, rel=1e-6)
+        assert ("Windows are 4 x 4 tokens, as the weights' were (--window-size)" in done.out) == (not more)
+        side = 7 if more else 4
+        assert trained(done)["options"]["window_size"] == side and f"window_size = {side}\n" in (done.folder / "recipe.toml").read_text()
+    done = train(*words, "--resume=auto", folder=one.folder)
+    assert trained(done)["options"]["window_size"] == 4 and "this is not what" not in done.out
