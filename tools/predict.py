@@ -1,4 +1,4 @@
-"""What does a model say of these images? Classes and probabilities, as lines, CSV, JSON or a picture, and where its attention lies.
+"""What does a model say of these images? Classes and probabilities, as lines, CSV, JSON or a picture; where its attention lies.
 
     python tools predict output/run/checkpoint_best.pth photographs/ 'more/*.jpg' --grid grid.png --csv said.csv
     python tools predict twins_svt_small cat.jpg --attention maps.png          # timm's published weights

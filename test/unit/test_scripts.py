@@ -307,7 +307,8 @@ def with_recipes(repo):
     """The stand-in repository with what reads recipes."""
     for name in ("options.py", "recipes.py", "utils.py"):
         shutil.copy(REPO / name, repo)
-    shutil.copytree(REPO / "recipes", repo / "recipes")
+    for name in ("published", "recipes", "tools"):
+        shutil.copytree(REPO / name, repo / name, ignore=shutil.ignore_patterns("__pycache__"))
     return repo
 
 
