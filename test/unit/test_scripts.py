@@ -307,8 +307,7 @@ def with_recipes(repo):
     """The stand-in repository with what reads recipes."""
     for name in ("options.py", "recipes.py", "utils.py"):
         shutil.copy(REPO / name, repo)
-    for name in ("published", "recipes", "tools"):
-        shutil.copytree(REPO / name, repo / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPO / "recipes", repo / "recipes")
     return repo
 
 
@@ -849,7 +848,8 @@ def real(tmp_path_factory):
     repo = copy_scripts(root / "repo")
     for path in [*REPO.glob("*.py"), REPO / "requirements.txt"]:
         shutil.copy(path, repo)
-    shutil.copytree(REPO / "recipes", repo / "recipes")
+    for name in ("published", "recipes", "tools"):
+        shutil.copytree(REPO / name, repo / name, ignore=shutil.ignore_patterns("__pycache__"))
     for classes in (2, 3):
         for split, images in (("train", 10), ("val", 2)):
             for number in range(classes * images):
