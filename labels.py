@@ -25,7 +25,7 @@ import csv
 import json
 import re
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -139,8 +139,10 @@ def decide(data, weights=None, class_map=None, use="train", stated=False, named=
         return by_map(data, weights, class_map, use)
     if weights is None:
         return Numbering(data, index, named=named)
-    if weights.outputs == 0:
+    if weights.outputs == 0 and (use == "finetune" or not weights.names):
         return headless(data, index, weights, use, named)
+    if weights.outputs == 0:  # it has a head for its classes, by another name: of another model, which is said where it does not fit
+        weights = replace(weights, outputs=None)
     names, guessed = weights.names, None
     if names is None and weights.outputs:
         guessed = imagenet(weights.outputs)
