@@ -144,9 +144,9 @@ def meet(count, root):
 
 
 def held(pid):
-    """-> MB that a process has written and shares with nobody, and its open files"""
+    """-> MB of memory that is no file, and open files; of pages that forked workers share each is counted"""
     told = dict(line.split()[:2] for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-    return int(told["Private_Dirty:"]) / 1024, len(os.listdir(f"/proc/{pid}/fd"))
+    return int(told["Anonymous:"]) / 1024, len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def epochs(count, root):
