@@ -181,7 +181,7 @@ def open_saves(args, ranks, run, parts, output, pause, watch, say):
     say(f"Checkpoints and log.txt go to {output.folder}" if output else "warning: --output_dir is empty: nothing of this training is saved")
     beside = dict(options=used(args, parts), classes=parts.classes, named=parts.numbering.named, preprocessing=parts.preprocessing.save(),
                   global_batch=assembly.global_batch(args, ranks, parts.accum_steps), manifest=made)
-    devices.all_agree(ranks, lambda: output and save_recipe(output.folder, args, ranks, parts, made))
+    devices.all_agree(ranks, lambda: output and run.epoch + 1 < args.epochs and save_recipe(output.folder, args, ranks, parts, made))
     saves = Saves(run, beside, output, pause, watch, args.on_nan == "rollback")
     if output and parts.saved and Path(parts.saved_path).resolve() != (output.folder / checkpoint.LAST).resolve():
         output.save(run.state_dict() | beside)

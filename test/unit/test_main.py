@@ -877,7 +877,7 @@ def test_a_training_that_says_no_folder_saves_into_one_with_the_models_name(data
         assert ("warning: --output_dir is empty: nothing of this training is saved\n" in done.stdout) == ("--output_dir=" in words)
         assert os.listdir(tmp_path) == ["test_convnext"]
     assert sorted(files(tmp_path / "test_convnext")) == sorted(f"{name}{end}" for name in (
-        "checkpoint.pth", "checkpoint_best.pth", "log.txt") for end in ("", ".1"))
+        "checkpoint.pth", "checkpoint_best.pth", "log.txt", "recipe.toml") for end in ("", ".1"))
 
 
 def test_weights_alone_start_a_training_at_epoch_0_and_say_so(works, small, tmp_path):
