@@ -61,7 +61,7 @@ def build(args, ranks, say):
         say(f"note: {note}")
     net = build_model(args, len(numbering.names), say, content)
     saved, saved_path, fresh_head = load_weights(args, net, content, path, numbering, say)
-    frozen = () if args.eval or args.throughout else prepare(args, net, fresh_head, say)
+    frozen = () if args.eval or args.throughout else prepare(args, ranks, net, fresh_head, say)
     net.to(ranks.device)
     precision = make_precision(ranks.device, args.amp, skip=args.on_nan == "skip")
     return Parts(net, precision, train_loader, val_loader, preprocessing, numbering, accum_steps, saved, saved_path, frozen)
@@ -146,7 +146,7 @@ def build_data(args, ranks, preprocessing=transforms.TWINS, accum_steps=1):
                      seed=args.seed, pin_memory=args.pin_mem and devices.pins_memory(ranks.device),
                      start_method=devices.worker_start_method(ranks.device), goes_on=args.max_bad_fraction > 0)
     train_loader = train and loader(train, True, rank=ranks.rank, ranks=ranks.world_size, repeated_aug=args.repeated_aug,
-                                    accum_steps=accum_steps)
+                                    accum_steps=accum_steps, balanced=args.class_balanced)
     shared = dict(rank=ranks.rank, ranks=ranks.world_size) if args.dist_eval else {}
     return train_loader, val and loader(val, False, **shared), classes
 
@@ -196,6 +196,7 @@ def load_weights(args, net, content, path, numbering, say):
         heads = networks.heads(networks.configuration(args.model))
         theirs = checkpoint.model_state(content, path, note=lambda text: say(f"note: {text}"))
         state, _ = checkpoint.adapt_head(net, theirs, heads, anew=numbering.fresh)
+        state = networks.adapt_positions(net, state, say)
         checkpoint.load_weights(net, state, path)
         say(f"Fine-tuning from {path}" + (", its moving average" if checkpoint.decided(content) == "model_ema" else ""))
         return None, None, any(state.get(f"{head}.weight") is not theirs.get(f"{head}.weight") for head in heads)
@@ -218,8 +219,12 @@ def load_weights(args, net, content, path, numbering, say):
     return content, path, None
 
 
-def prepare(args, net, fresh_head, say):
+def prepare(args, ranks, net, fresh_head, say):
     """What is done to a network before it is trained: its fresh head scaled, a part of it frozen. -> the frozen modules"""
+    if args.dist_bn is not None and not networks.has_statistics(net):
+        raise ValueError(f"--dist-bn has no effect: {args.model} has no batch norm: leave it away")
+    if args.dist_bn and ranks.world_size == 1:
+        say("note: --dist-bn has no effect: there is one process")
     heads = networks.heads(networks.configuration(args.model))
     if args.head_init_scale is not None and fresh_head is False:
         raise ValueError("--head-init-scale has no effect: the weights bring the head of these classes: leave it away")
@@ -286,6 +291,6 @@ def restore(args, ranks, parts, say):
     if args.on_nan == "rollback" and is_flat(run.optimizer):
         raise ValueError("--on-nan rollback: the flat optimizer of an NPU takes no state once it has stepped: --on-nan skip, or adamw "
                          "on a 910B")
-    if args.on_nan == "skip" and any(getattr(module, "running_mean", None) is not None for module in parts.net.modules()):
+    if args.on_nan == "skip" and networks.has_statistics(parts.net):
         raise ValueError(f"--on-nan skip: the batch norms of {args.model} have taken in what an update leaves out: --on-nan rollback")
     return run, peak_lr

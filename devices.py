@@ -378,10 +378,11 @@ def worker_start_method(device):
     return "forkserver"
 
 
-def parallel(model, device, flat_gradients=False):
-    """DistributedDataParallel over the process group. flat_gradients: the optimizer keeps gradients in its own buffer."""
+def parallel(model, device, flat_gradients=False, share_buffers=False):
+    """DistributedDataParallel over the process group. flat_gradients: the optimizer keeps gradients in its own buffer. share_buffers: each
+    update begins with the first rank's buffers, on all of them."""
     ids = None if device.type == "cpu" else [device.index]
     with warnings.catch_warnings():  # torch 2.14 renames broadcast_buffers; 2.7 does not know the new name
         warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False,
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=share_buffers,
                                        gradient_as_bucket_view=device.type != "npu" and not flat_gradients)

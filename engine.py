@@ -50,7 +50,8 @@ def add_over_ranks(values):
 def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler, max_norm=0, model_ema=None,
                     mixup_fn=None, *, accum_steps=1, max_steps=0, print_freq=10, ranks=1, quiet=False, memory=None,
                     batch_size=None, progress=None, reseed=None, after_update=None, most_skips=0,
-                    unreadable=None, mark=lambda phase, step: None, frozen=()):
+                    unreadable=None, mark=lambda phase, step: None, frozen=(),
+                    at_the_end=lambda: None):
     """What is left of one pass over data_loader, or its next max_steps iterations. -> {lr, loss, fps, steps of the pass, ran: of them now}
 
     criterion(images, outputs, targets) -> scalar. loss_scaler: a Precision. model_ema: has update(model).
@@ -62,6 +63,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     after_update(settle): called after each; where it is true, the pass ends there. `progress` has all losses only after settle(), which
     all ranks call together.
     unreadable(met): called where a window has met images that cannot be read, by all ranks together, with this rank's own.
+    at_the_end: called after the last update of a whole pass, before the moving average and after_update see it.
     frozen: modules that are computed as in an evaluation. The rate that is told is the highest of the optimizer's groups.
     most_skips: updates that may be left out, since their loss or gradient was not finite (Precision did); more raise NonFiniteLoss.
 
@@ -134,6 +136,8 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
             norm, moved = loss_scaler(loss / cycle if cycle > 1 else loss, optimizer, max_norm, need_update=update, measure=measure)
         if update:
             optimizer.zero_grad()
+            if step + 1 == len(data_loader):
+                at_the_end()
             if model_ema is not None:
                 model_ema.update(getattr(model, "module", model))
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from decode import UNREADABLE, DataError, UnreadableImage
 from pauses import SIGNALS
-from samplers import IMAGE, EvalSampler, RASampler, RunSampler, ShuffleSampler, TrainingBatches, seed_of
+from samplers import IMAGE, BalancedSampler, EvalSampler, RASampler, RunSampler, ShuffleSampler, TrainingBatches, seed_of
 from shards import ShardedImages
 from utils import shown
 
@@ -120,13 +120,13 @@ def check_sockets(longest=71):
 
 
 def build_loader(dataset, is_train, batch_size, workers, rank=0, ranks=1, seed=0, repeated_aug=False, pin_memory=False,
-                 start_method=None, accum_steps=1, goes_on=False):
+                 start_method=None, accum_steps=1, goes_on=False, balanced=False):
     """Batches of (images, classes, names) for this rank. Training is whole updates of ranks * accum_steps batches; evaluation pads
     nothing.
 
     Raises ValueError where the data are too few for one update. Iterate it once an epoch, after set_epoch.
     start_method: how workers start, where the system's own way will not do. goes_on: an image that cannot be read is no error; a batch
-    says with a fourth value what was met.
+    says with a fourth value what was met. balanced: all classes are drawn equally often.
     """
     if workers:
         check_sockets()
@@ -135,7 +135,9 @@ def build_loader(dataset, is_train, batch_size, workers, rank=0, ranks=1, seed=0
     if not is_train:
         return DataLoader(EvaluatedImages(dataset) if goes_on else dataset, batch_size=batch_size,
                           sampler=EvalSampler(dataset, num_replicas=ranks, rank=rank, seed=seed), **common)
-    if repeated_aug:
+    if balanced:
+        sampler = partial(BalancedSampler, dataset, seed=seed)
+    elif repeated_aug:
         sampler = partial(RASampler, dataset, seed=seed)
     elif isinstance(dataset, ShardedImages):
         sampler = partial(RunSampler, dataset, seed=seed, batch_size=batch_size)

@@ -3,7 +3,7 @@ import re
 
 import timm
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, resample_abs_pos_embed
 from timm.models._manipulate import group_with_matcher
 
 import gvt
@@ -50,6 +50,23 @@ def heads(config):
     """The modules that classify, as timm names them: of two the one of the labels first."""
     names = config.get("classifier") or "head"
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def has_statistics(net):
+    """Whether a network keeps statistics of what it has seen: batch norms do."""
+    return any(getattr(module, "running_mean", None) is not None for module in net.modules())
+
+
+def adapt_positions(net, state, say=lambda text: None):
+    """`state` with position embeddings for the size of this network's images, interpolated as timm does and DeiT did."""
+    own = net.state_dict().get("pos_embed")
+    theirs = state.get("pos_embed")
+    grid = getattr(getattr(net, "patch_embed", None), "grid_size", None)
+    if own is None or theirs is None or grid is None or own.shape == theirs.shape or theirs.ndim != 3 or own.shape[2] != theirs.shape[2]:
+        return state
+    prefix = 0 if getattr(net, "no_embed_class", False) else getattr(net, "num_prefix_tokens", 0)
+    say(f"note: position embeddings are interpolated, from {theirs.shape[1] - prefix} to {own.shape[1] - prefix}")
+    return {**state, "pos_embed": resample_abs_pos_embed(theirs, new_size=grid, num_prefix_tokens=prefix)}
 
 
 def has_windows(name):

@@ -64,6 +64,7 @@ OPTIONS = {
     ],
     "Model": [
         ("--input-size",           224,             int,   "pixels",            "deit",  "side of the square input"),
+        ("--dist-bn",              None,            str,   ("broadcast", "reduce", ""), "timm", "statistics of batch norms after each epoch: the first rank's on all, or their mean; nothing said or '': each has its own, the first one's are tested and saved"),
         ("--drop",                 0.0,             float, "probability",       "deit",  "dropout"),
         ("--drop-path",            0.1,             float, "probability",       "deit",  "drop path of the last block, rising from 0 at the first"),
         ("--attn",                 "fused",         str,   ("fused", "explicit"), "ours", "fused attention kernels, or the explicit formula"),
@@ -110,6 +111,7 @@ OPTIONS = {
         ("--data-set",             "IMNET",         str,   DATA_SETS,           "deit",  "IMNET: class folders, or tar shards, in train/ and val/; CIFAR is CIFAR-100"),
         ("--class-map",            "",              str,   "file",              "timm",  "which output is which class: .txt (one name a line, in order), .csv (name,number), .json"),
         ("--max-bad-fraction",     0.0,             float, "of the training set", "ours", "go on without images that cannot be read, up to so many: in training another of the class takes their place, in validation they count as wrong"),
+        ("--class-balanced",       False,           SWITCH, None,               "ours",  "draw all classes equally often, however many images they have"),
         ("--inat-category",        "name",          str,   INAT_LEVELS,         "deit",  "the level of iNaturalist's classes"),
         ("--use-mcloader",         False,           SWITCH, None,               "twins", "gone: see the note it prints"),
         ("--num_workers",          10,              int,   "processes a card",  "deit",  "loader processes"),
@@ -176,7 +178,7 @@ SPELLINGS = {name[2:].replace("-", "_"): option(names) for rows in OPTIONS.value
 KINDS = {option(names): ({SWITCH: bool, floats: tuple}.get(kind, kind), unit if isinstance(unit, tuple) else None)
          for rows in OPTIONS.values() for names, _, kind, unit, *_ in rows}
 # What changes how a training goes, and not only how it is computed or what it is called; batch and rate are told apart from these
-TRAINING = ["model", "epochs", "max_step", *(
+TRAINING = ["model", "epochs", "max_step", "class_balanced", *(
     name for title in ("Model", "Optimizer and schedule", "Augmentation", "Distillation") for name in GROUPS[title]
     if name not in ("attn", "grad_checkpointing", "compile", "accum_steps", "lr", "unscale_lr", "cooldown_epochs", "resplit", "teacher_path"))]
 
@@ -358,6 +360,8 @@ def check_training(args):
         raise ValueError(f"--bce-{'sum' if args.bce_sum else 'target-thresh'} has no effect without --bce-loss")
     if args.bce_target_thresh is not None and not 0 <= args.bce_target_thresh < 1:
         raise ValueError(f"--bce-target-thresh is {args.bce_target_thresh}, and must be at least 0 and less than 1")
+    if args.class_balanced and args.repeated_aug:
+        raise ValueError("--class-balanced and --repeated-aug each say how often an image is drawn: give one of them")
     if args.src and not args.three_augment:
         raise ValueError("--src has no effect without --three-augment: it is that augmentation's crop")
     if args.three_augment and args.aa not in (DEFAULTS["aa"], "", "none"):
@@ -402,6 +406,8 @@ def notes(args, device_type=None):
         idle(["predictions"], "nothing is evaluated")
     if not resume_file(args):
         idle(["allow_change"], "nothing is resumed")
+    if args.eval or args.throughout:
+        idle(["class_balanced", "freeze", "layer_decay", "head_init_scale", "bce_loss", "three_augment", "dist_bn"], "nothing is trained")
     if not output_folder(args):
         idle(["ckpt_steps", "ckpt_minutes", "keep", "milestones"], "--output_dir is empty, so nothing is saved")
     if resume_file(args):

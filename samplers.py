@@ -96,6 +96,39 @@ class RASampler(RankSampler):
         return order[places // self.num_repeats], rounds * self.num_repeats + places % self.num_repeats
 
 
+class BalancedSampler(RankSampler):
+    """As many draws an epoch as there are images, and of each class equally many; what is left over goes to classes that are drawn.
+
+    Of a class each image is drawn before one is drawn again. Its copies are told apart, as repeated augmentation's: each is augmented
+    by itself. dataset.targets: the class of each image.
+    """
+
+    def __init__(self, dataset, num_replicas, rank, seed=0):
+        super().__init__(dataset, num_replicas, rank, seed)
+        targets = np.asarray(dataset.targets)
+        order = np.argsort(targets, kind="stable")
+        self.of_class = np.split(order, np.flatnonzero(np.diff(targets[order])) + 1)
+
+    def __len__(self):
+        return math.ceil(self.total / self.num_replicas)
+
+    def draws(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        shares = np.full(len(self.of_class), self.total // len(self.of_class))
+        shares[torch.randperm(len(shares), generator=generator).numpy()[:self.total % len(shares)]] += 1
+        indices, copies = [], []
+        for images, share in zip(self.of_class, shares):
+            rounds = np.arange(math.ceil(share / len(images)))
+            drawn = [images[torch.randperm(len(images), generator=generator).numpy()] for _ in rounds]
+            indices.append(np.concatenate(drawn)[:share])
+            copies.append(np.repeat(rounds, len(images))[:share])
+        order = torch.randperm(self.total, generator=generator)
+        places = torch.arange(self.rank, len(self) * self.num_replicas, self.num_replicas)
+        mine = order[places % self.total]
+        copies = torch.from_numpy(np.concatenate(copies))
+        return torch.from_numpy(np.concatenate(indices))[mine], copies[mine] + places // self.total * (int(copies.max()) + 1)
+
+
 class RunSampler(RankSampler):
     """For shards: each image once an epoch on any number of ranks, but for the last, ragged batch of all ranks together.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from timm.utils import distribute_bn
 
 import assembly
 import checkpoint
@@ -56,7 +57,14 @@ class Epochs:
         if self.args.compile:
             self.say("note: the first step compiles the model, which takes minutes (on a CPU ten and more); nothing is printed meanwhile")
             net = torch.compile(net)
-        return devices.parallel(net, self.ranks.device, is_flat(self.run.optimizer)) if self.ranks.world_size > 1 else net
+        if self.ranks.world_size == 1:
+            return net
+        return devices.parallel(net, self.ranks.device, is_flat(self.run.optimizer), share_buffers=self.args.dist_bn == "reduce")
+
+    def share_statistics(self):
+        """--dist-bn: of batch norms over all ranks. Where nothing is said each has its own, and the first one's are tested and saved."""
+        if self.args.dist_bn and self.ranks.world_size > 1:
+            distribute_bn(self.run.net, self.ranks.world_size, reduce=self.args.dist_bn == "reduce")
 
     def order_buckets(self):
         """DistributedDataParallel orders its buckets of gradients anew after the first backward pass, and a sum over ranks then has
@@ -94,7 +102,7 @@ class Epochs:
                     progress=run.progress,
                     reseed=partial(self.reseed, epoch), after_update=after_update,
                     most_skips=args.nan_limit if args.on_nan == "skip" else 0, unreadable=partial(self.unread, epoch), mark=self.mark,
-                    frozen=self.frozen)
+                    frozen=self.frozen, at_the_end=self.share_statistics)
             except engine.NonFiniteLoss as error:
                 met = named(error, epoch, loaders.images_of(self.loader), self.ranks, self.where)
             met.rate, met.scale = engine.highest_rate(run.optimizer), run.precision.state_dict().get("scale")

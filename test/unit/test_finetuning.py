@@ -1,11 +1,14 @@
 """What DeiT, DeiT III and timm have for training and fine-tuning, by their names: each against timm, torch or a closed form, and from the
 command line; and cut anywhere, each goes on bit for bit."""
 import contextlib
+import copy
 import io
 import json
 import random
 import re
+import shutil
 import signal
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +16,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import small_transform
+from conftest import CPU, ROOT, run, small_transform
 from PIL import Image, ImageFilter, ImageOps
 from test_main import PLAIN, images_of
 from timm.data import Mixup
@@ -29,6 +32,8 @@ import networks
 import optim
 import options
 from losses import BinaryCriterion
+from precision import make_precision
+from samplers import BalancedSampler
 
 SMALL, TWINS = "--model=test_convnext", "--model=alt_gvt_small"
 CLASSES = 3
@@ -54,8 +59,9 @@ def train(tiny_folder, tmp_path_factory):
             except SystemExit as stop:  # the parser's
                 status = stop.code
         signal.signal(signal.SIGTERM, handler)
-        return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue(), folder=folder, data=squares)
+        return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue(), folder=folder)
 
+    run.data = squares
     return run
 
 
@@ -109,12 +115,12 @@ def test_binary_cross_entropy_is_summed_in_float32():
                            dict(smoothing=0.3, target_threshold=0.2, sum_classes=True))])
 def test_the_loss_of_a_run_with_bce(train, words, settings):
     done = train(SMALL, *PLAIN, "--lr=0", "--epochs=1", *words)
-    images, targets = images_of(done.data, "train")
+    images, targets = images_of(train.data, "train")
     net = fresh("test_convnext").train()
     expected = BinaryCrossEntropy(**{"smoothing": 0.0} | settings)(net(images), targets).item()
     assert rows(done)[0]["train_loss"] == pytest.approx(expected, rel=1e-5)
     # what is tested is cross entropy all the same
-    images, targets = images_of(done.data, "val")
+    images, targets = images_of(train.data, "val")
     assert rows(done)[0]["test_loss"] == pytest.approx(F.cross_entropy(net.eval()(images), targets).item(), rel=1e-5)
 
 
@@ -182,6 +188,8 @@ def test_eval_crop_ratio_is_crop_pct():
     ("--freeze=9", "--freeze 9: ConvNeXt has 4 stages: 1 to 4"), ("--freeze=,", "there is no module"),
     ("--freeze=stem,stages,norm_pre,head", "leaves nothing to train"), ("--layer-decay=0", "--layer-decay is 0.0, and must be at least"),
     ("--layer-decay=0.9 --freeze=backbone", "only one is trained"), ("--head-init-scale=-1", "--head-init-scale is -1.0"),
+    ("--dist-bn=reduce", "--dist-bn has no effect: test_convnext has no batch norm"),
+    ("--class-balanced --repeated-aug", "--class-balanced and --repeated-aug each say"),
     ("--ThreeAugment --src --train-interpolation=random", "--src resizes all images with one interpolation")])
 def test_an_option_without_effect_is_one_line(train, words, message):
     refused(train(SMALL, *words.split()), message)
@@ -190,6 +198,7 @@ def test_an_option_without_effect_is_one_line(train, words, message):
 # ---- cut anywhere, they go on bit for bit ----
 
 CUT = {"layer decay, frozen stage": ["--layer-decay=0.7", "--freeze=1", "--head-init-scale=0.1", "--lr=0.05"],
+       "balanced classes": ["--class-balanced", "--lr=0.05"],
        "bce, 3-Augment": ["--bce-loss", "--three-augment", "--src", "--unscale-lr", "--lr=1e-3"]}
 
 
@@ -233,7 +242,7 @@ def test_each_layer_moves_at_its_own_rate(train, words, rates):
     decayed = train(*usual, "--layer-decay=0.5", "--max_step=1", "--batch-size=24")
     net = fresh("test_convnext").train()
     scales = {id(p): group["lr_scale"] for group in timm.optim.param_groups_layer_decay(net, 0, layer_decay=0.5) for p in group["params"]}
-    images, targets = images_of(decayed.data, "train")
+    images, targets = images_of(train.data, "train")
     F.cross_entropy(net(images), targets).backward()
     model = trained(decayed)["model"]
     for name, p in net.named_parameters():
@@ -279,7 +288,7 @@ def test_what_is_frozen_stays_and_all_the_rest_moves(train):
 def test_what_is_frozen_is_computed_as_in_an_evaluation(train):
     """Neither dropout nor drop path, and a batch norm that takes the statistics it has, and keeps them."""
     done = train(TWINS, *PLAIN, "--drop=0.5", "--drop-path=0.9", "--freeze=4", "--lr=0", "--epochs=1", "--no-eval")
-    images, targets = images_of(done.data, "train")
+    images, targets = images_of(train.data, "train")
     net = fresh("alt_gvt_small").eval()
     assert rows(done)[0]["train_loss"] == pytest.approx(F.cross_entropy(net(images), targets).item(), rel=1e-5)
     done = train("--model=test_efficientnet", *PLAIN, *SGD, "--freeze=backbone", "--epochs=1")
@@ -294,7 +303,7 @@ def test_a_frozen_stem_alone_is_timms(train):
     done = train(*words, *SGD, "--freeze=conv_stem,bn1,blocks.0", "--batch-size=24")
     net = fresh("test_efficientnet").train()
     timm.utils.freeze(net, ["conv_stem", "bn1", "blocks.0"])
-    images, targets = images_of(done.data, "train")
+    images, targets = images_of(train.data, "train")
     F.cross_entropy(net(images), targets).backward()
     with torch.no_grad():
         for parameter in net.parameters():
@@ -345,7 +354,7 @@ def test_windows_come_with_the_weights_unless_said_otherwise(train):
     words = [TWINS, *PLAIN, "--batch-size=4", "--lr=0", "--max_step=1"]
     one = train(*words, "--window-size=4")  # and four runs without it, or with another
     net = fresh("alt_gvt_small", window_sizes=(4,) * 4).eval()
-    images, targets = images_of(one.data, "val")
+    images, targets = images_of(train.data, "val")
     with torch.no_grad():
         small, usual = (F.cross_entropy(net(images), targets).item(),
                         F.cross_entropy(fresh("alt_gvt_small").eval()(images), targets).item())
@@ -360,3 +369,182 @@ def test_windows_come_with_the_weights_unless_said_otherwise(train):
         assert trained(done)["options"]["window_size"] == side and f"window_size = {side}\n" in (done.folder / "recipe.toml").read_text()
     done = train(*words, "--resume=auto", folder=one.folder)
     assert trained(done)["options"]["window_size"] == 4 and "this is not what" not in done.out
+
+
+# ---- --class-balanced ----
+
+class Uneven:
+    targets = np.array([0] * 20 + [2] * 3 + [1] * 7 + [2] * 2 + [5] * 1)
+
+    def __len__(self):
+        return len(self.targets)
+
+
+def balanced(epoch, seed=0, ranks=1):
+    found = []
+    for rank in range(ranks):
+        sampler = BalancedSampler(Uneven(), ranks, rank, seed)
+        sampler.set_epoch(epoch)
+        found.append(list(zip(*(values.tolist() for values in sampler.draws()))))
+        assert len(found[-1]) == len(sampler)
+    return found
+
+
+def test_each_class_is_drawn_equally_often():
+    """33 images of 4 classes: 8 draws of each, and one more of one of them; no image again before the others of its class."""
+    targets, more = Uneven.targets, set()
+    for epoch in range(40):
+        (draws,) = balanced(epoch)
+        assert len(draws) == 33 and len(set(draws)) == 33
+        counts = np.bincount(targets[[index for index, _ in draws]], minlength=6)
+        assert sorted(counts) == [0, 0, 8, 8, 8, 9] and counts[3] == counts[4] == 0
+        more.add(int(counts.argmax()))
+        for target in (0, 1, 2, 5):
+            images = np.bincount([index for index, _ in draws if targets[index] == target], minlength=33)[targets == target]
+            assert images.max() - images.min() <= 1
+        for index in {index for index, _ in draws}:
+            assert sorted(again for other, again in draws if other == index) == list(range(sum(other == index for other, _ in draws)))
+    assert more == {0, 1, 2, 5}  # what is left over goes round
+    assert balanced(0) != balanced(1) and balanced(0) != balanced(0, seed=1) and balanced(3) == balanced(3)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_ranks_share_one_balanced_order(ranks):
+    (whole,), parts = balanced(2), balanced(2, ranks=ranks)
+    together = [draw for some in zip(*parts) for draw in some]
+    assert together[:33] == whole and len(together) == -(-33 // ranks) * ranks and len(set(together)) == len(together)
+
+
+def test_a_balanced_run_learns_from_all_classes_alike(train, tmp_path):
+    """Classes of 4, 1 and 1 images, of which each image is the same within its class: the mean loss is that of the three classes'."""
+    made = tmp_path / "uneven"
+    for number, name in enumerate(("flower", "leaves", "temple")):
+        path = sorted((train.data / "train" / name).iterdir())[0]
+        for split, count in (("train", (4, 1, 1)[number]), ("val", 1)):
+            for number_of_copy in range(count):
+                (made / split / name).mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, made / split / name / f"{number_of_copy}.png")
+    words = [SMALL, *PLAIN, "--lr=0", "--epochs=1", "--batch-size=6", "--data-path", made]
+    images, targets = images_of(made, "train")
+    losses = F.cross_entropy(fresh("test_convnext").train()(images), targets, reduction="none")
+    assert rows(train(*words, "--class-balanced"))[0]["train_loss"] == pytest.approx(losses[[0, 4, 5]].mean().item(), rel=1e-5)
+    assert rows(train(*words))[0]["train_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+
+
+# ---- --dist-bn ----
+
+# One process that has imported all of it, and for each run two that it forks, with what a launcher says
+TWO_RANKS = """
+import json, os, socket, sys
+import main
+for words in json.loads(sys.argv[1]):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = []
+    for rank in "01":
+        if not (child := os.fork()):
+            os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            os._exit(main.run(words))
+        ranks.append(child)
+    assert [os.waitpid(child, 0)[1] for child in ranks] == [0, 0], words
+"""
+
+
+def statistics(state):
+    return {name: value for name, value in state.items() if name.endswith(("running_mean", "running_var"))}
+
+
+def test_statistics_of_batch_norms_are_reduced_as_timms(train, tmp_path):
+    """Two ranks of 4 images, an epoch of 3 updates at rate 0: each update begins with the first rank's statistics, and the last one's are
+    averaged; beside plain torch. `broadcast` leaves the first rank's own."""
+    data = train.data
+    words = ["--model=test_efficientnet", *PLAIN, "--lr=0", "--epochs=1", "--device=cpu", "--input-size=32", "--num_workers=0",
+             "--batch-size=4", "--no-eval", "--data-path", data]
+    net, (images, _) = fresh("test_efficientnet").train(), images_of(data, "train")
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    own, mean = copy.deepcopy(net), copy.deepcopy(net)
+    with torch.no_grad():
+        for step in range(3):
+            batches = [images[order[step * 8:(step + 1) * 8][rank::2]] for rank in range(2)]
+            own(batches[0])
+            ranks = [copy.deepcopy(mean) for _ in range(2)]
+            for rank in range(2):
+                ranks[rank](batches[rank])
+            mean = ranks[0]
+        for (_, a), (_, b) in zip(ranks[0].named_buffers(), ranks[1].named_buffers()):
+            if a.is_floating_point():
+                a.add_(b).div_(2)
+    runs = [("reduce", "whole", [], ranks[0]), ("reduce", "cut", ["--max_step=2"], None), ("reduce", "cut", [], ranks[0]),
+            ("broadcast", "first", [], own)]
+    done = run([sys.executable, "-c", TWO_RANKS, json.dumps(
+        [[*map(str, words), *part, "--dist-bn", how, "--resume=auto", "--output_dir", str(tmp_path / folder)]
+         for how, folder, part, _ in runs])], None, {"PYTHONPATH": str(ROOT)}, 300)
+    assert done.returncode == 0, done.stderr
+    for _, folder, _, expected in runs:
+        if expected is not None:
+            found = statistics(torch.load(tmp_path / folder / "checkpoint.pth", weights_only=True)["model"])
+            assert found and found.keys() == statistics(expected.state_dict()).keys()
+            for key, value in found.items():
+                torch.testing.assert_close(value, expected.state_dict()[key], rtol=1e-4, atol=1e-6, msg=key)
+    # cut and gone on with: bit for bit
+    assert_same(*(torch.load(tmp_path / folder / "checkpoint.pth", weights_only=True)["model"] for folder in ("whole", "cut")))
+
+
+def test_what_ends_a_whole_pass_comes_before_it_is_saved_and_once():
+    """A save behind the last update has it already, and the pass that goes on there has nothing left."""
+    net, told, progress = torch.nn.Linear(2, 3), [], engine.Progress()
+    batches = [(torch.zeros(4, 2), torch.zeros(4, dtype=torch.long), [0] * 4)] * 3
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def run(batches, total):
+        class Loader(list):
+            def __len__(self):
+                return total
+        engine.train_one_epoch(net, lambda images, outputs, targets: F.cross_entropy(outputs, targets), Loader(batches), optimizer, CPU, 0,
+                               make_precision(CPU, "off"), quiet=True, progress=progress, max_steps=2 if len(batches) == 3 else 0,
+                               at_the_end=lambda: told.append("end"), after_update=lambda settle: told.append("update"))
+
+    run(batches, 3)
+    assert told == ["update", "update"]
+    run(batches[2:], 3)
+    run([], 3)
+    assert told == ["update", "update", "end", "update"]
+
+
+# ---- models with two heads ----
+
+TWO = "--model=deit_tiny_distilled_patch16_224"
+
+
+def test_both_heads_are_fresh_scaled_trained_alone_and_of_the_whole_rate(train, tmp_path):
+    torch.manual_seed(5)
+    net = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=7, img_size=48)
+    torch.save({"model": net.state_dict()}, tmp_path / "deit.pth")
+    words = [TWO, *PLAIN, "--max_step=1", "--no-eval", f"--finetune={tmp_path}/deit.pth"]
+    plain, scaled = (trained(train(*words, "--lr=0", *more))["model"] for more in ([], ["--head-init-scale=0.5"]))
+    for name, value in plain.items():
+        assert torch.equal(scaled[name], value * 0.5 if name.startswith("head") else value), name
+    frozen = trained(train(*words, "--freeze=backbone", *SGD))["model"]
+    assert {name for name in plain if not torch.equal(plain[name], frozen[name])} == {
+        "head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+    net = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, img_size=32)
+    scales = {id(p): group["lr_scale"] for group in optim.decay_groups(net, 0.05, 0.5) for p in group["params"]}
+    assert scales[id(net.head.weight)] == scales[id(net.head_dist.weight)] == 1.0 and scales[id(net.patch_embed.proj.weight)] < 1e-3
+    # the weights are of 48 pixels: timm's own interpolation of positions
+    expected = timm.models.deit.checkpoint_filter_fn({"model": torch.load(tmp_path / "deit.pth")["model"]}, net)["pos_embed"]
+    torch.testing.assert_close(plain["pos_embed"], expected)
+
+
+def test_two_heads_with_binary_cross_entropy_and_a_teacher(train):
+    """DeiT's hard distillation with DeiT III's loss: each head has its half."""
+    teacher = train(SMALL, *PLAIN, "--lr=0", "--max_step=1", "--no-eval").folder / "checkpoint.pth"
+    words = [TWO, *PLAIN, "--bce-loss", "--lr=0", "--epochs=1", "--no-eval", "--batch-size=24", "--layer-decay=0.7", "--freeze=3"]
+    done = train(*words, "--distillation-type=hard", "--teacher-model=test_convnext", "--teacher-path", teacher)
+    net, (images, targets) = fresh("deit_tiny_distilled_patch16_224", img_size=32).train(), images_of(train.data, "train")
+    net.set_distilled_training(True)
+    with torch.no_grad():
+        student, learned = net(images)
+        decided = fresh("test_convnext").eval()(images).argmax(1)
+    expected = (BinaryCrossEntropy(0.0)(student, targets) + F.cross_entropy(learned, decided)) / 2
+    assert rows(done)[0]["train_loss"] == pytest.approx(expected.item(), rel=1e-5)
