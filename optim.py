@@ -6,8 +6,14 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from timm.optim import Lookahead, create_optimizer_v2, get_optimizer_class, get_optimizer_info
-from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import (
+    Lookahead,
+    create_optimizer_v2,
+    get_optimizer_class,
+    get_optimizer_info,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from timm.scheduler import TanhLRScheduler, create_scheduler_v2
 
 from precision import is_flat, optimizer_flavour
